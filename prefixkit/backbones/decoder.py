@@ -1,0 +1,112 @@
+"""A frozen decoder: what training, folding and export ask of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
+from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.errors import BackboneError
+from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Positions
+from prefixkit.injections import KeyValuePrefix
+
+
+@dataclass
+class Decoder:
+    """A decoder with frozen weights.
+
+    Attributes:
+        model: the `transformers` model, in eval mode, without gradients.
+        folder: where it was loaded from.
+        identity: what a prefix file says of it.
+        geometry: the shape of each layer's keys and values.
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    identity: BackboneIdentity
+    geometry: tuple[LayerGeometry, ...]
+
+    @cached_property
+    def _attachment(self) -> Attachment:
+        return Attachment(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model knows, prefix included; None where its positions have no end."""
+        return self.identity.context_length
+
+    @contextmanager
+    def injected(self, prefix: KeyValuePrefix | None) -> Iterator[PreTrainedModel]:
+        """The model with `prefix` in it for the length of a `with` block."""
+        self._attachment.method = _constant(prefix)
+        try:
+            yield self.model
+        finally:
+            self._attachment.method = None
+
+    def release(self) -> PreTrainedModel:
+        """The model as `transformers` made it, without our hooks."""
+        if "_attachment" in self.__dict__:
+            self._attachment.remove()
+            del self.__dict__["_attachment"]
+        return self.model
+
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: KeyValuePrefix | None = None
+    ) -> Tensor:
+        """Next-token logits [batch, seq, vocab] of `input_ids` [batch, seq], each row as if it were alone.
+
+        `attention_mask` [batch, seq] marks real tokens; padding may be on either side.
+        """
+        with self.injected(prefix) as model:
+            logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+    def logits_where(
+        self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: KeyValuePrefix | None = None
+    ) -> Tensor:
+        """Logits [chosen, vocab] at the positions where `chosen` [batch, seq] is True; no others are computed."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],))
+        try:
+            return self.logits(input_ids, attention_mask, prefix)[0]
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
+        """The keys and values of a real text at positions 0, 1, …: a prefix equal to having that text in the context.
+
+        Raises:
+            BackboneError: an empty text, or one that a sliding window would swallow.
+        """
+        if not token_ids:
+            raise BackboneError("initialisation text", expected="at least one token", found="none")
+        refuse_swallowed(self.geometry, len(token_ids), self.identity.family)
+        cache = DynamicCache()
+        with self.injected(None) as model:
+            model(input_ids=torch.tensor([token_ids], device=self.device), past_key_values=cache, use_cache=True)
+        return KeyValuePrefix(
+            keys=tuple(layer.keys[0].clone() for layer in cache.layers),
+            values=tuple(layer.values[0].clone() for layer in cache.layers),
+            positions=Positions(text_start=len(token_ids)),
+        )
+
+
+def _constant(prefix: KeyValuePrefix | None) -> MakesPrefix | None:
+    return None if prefix is None else FixedPrefix(prefix)

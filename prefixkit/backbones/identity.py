@@ -1,0 +1,56 @@
+"""Who a backbone is: the part of a manifest that names the frozen model, and the proof that it stayed frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefixkit.format.digest import backbone_digest, config_hash, tokenizer_hash
+from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
+
+
+def identify(
+    folder: Path, name: str, revision: str | None, config: PreTrainedConfig, geometry: tuple[LayerGeometry, ...]
+) -> BackboneIdentity:
+    """The identity of the backbone stored in `folder`; its weights are hashed as stored (cached by path, size, mtime)."""
+    return BackboneIdentity(
+        name=name,
+        revision=revision,
+        family=config.model_type,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context_length=context_length(config),
+        dtype=str(config.dtype).removeprefix("torch."),
+        config_hash=config_hash(folder),
+        weights_hash=backbone_digest(folder),
+        tokenizer_hash=tokenizer_hash(folder),
+        stacks={"decoder": geometry},
+        rope=_rope(config),
+    )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many positions the model was built for; None for ALiBi models, whose positions have no end."""
+    if config.model_type == "bloom" or getattr(config, "alibi", False):
+        return None
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any] | None:
+    parameters = getattr(config, "rope_parameters", None)
+    return dict(parameters) if parameters else None
+
+
+def memory_digest(model: PreTrainedModel) -> str:
+    """BLAKE3 over every backbone tensor in memory, to compare before and after training. Not the stored digest."""
+    tree = blake3()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("prefixkit."):
+            tree.update(name.encode())
+            tree.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"b3m-v1:{tree.hexdigest()}"

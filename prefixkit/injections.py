@@ -1,0 +1,87 @@
+"""What a frozen backbone can receive: the one seam between methods and everything that consumes their results.
+
+Axis names: batch, seq, prefix, hidden, layer, kv_heads, head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefixkit.format.manifest import InjectionRecord, Positions
+from prefixkit.prefix import Prefix, key_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValuePrefix:
+    """Keys and values that every token of the text can attend to, in every layer.
+
+    Li & Liang 2021 (arXiv 2101.00190) train them as prefix-tuning.
+
+    Attributes:
+        keys: one tensor a layer, [kv_heads, prefix, head_dim], as attention consumes them (after RoPE and qk-norm).
+        values: the same for values.
+        positions: where the text that follows starts counting.
+        frozen_slots: how many leading slots training leaves alone.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Positions
+    frozen_slots: int = 0
+    stack: str = field(default="decoder")
+
+    @property
+    def length(self) -> int:
+        """The number of prefix slots."""
+        return self.keys[0].shape[-2]
+
+    def record(self) -> InjectionRecord:
+        """How a manifest describes this injection."""
+        return InjectionRecord(
+            kind="key_value_prefix",
+            stack=self.stack,
+            attention="self",
+            length=self.length,
+            positions=self.positions,
+            frozen_slots=self.frozen_slots,
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors under the names that a prefix file gives them."""
+        stored = {}
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            stored[f"{self.stack}.self.layers.{layer}.key"] = _array(key)
+            stored[f"{self.stack}.self.layers.{layer}.value"] = _array(value)
+        return stored
+
+
+Injection = KeyValuePrefix
+"""The union of injections that a method may return. It is closed: a new kind means a new version of the schema."""
+
+
+def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:
+    """The key-value injection of a loaded file, as float32 or float16 tensors (bfloat16 becomes float32, exactly)."""
+    pairs = [(_tensor(key), _tensor(value)) for key, value in key_values(prefix)]
+    record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
+    assert record.positions is not None
+    return KeyValuePrefix(
+        keys=tuple(key for key, _ in pairs),
+        values=tuple(value for _, value in pairs),
+        positions=record.positions,
+        frozen_slots=record.frozen_slots or 0,
+        stack=record.stack or "decoder",
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    # numpy has no bfloat16; float32 holds every bfloat16 value exactly.
+    plain = tensor.detach().cpu()
+    return np.ascontiguousarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=array.dtype if array.dtype.kind == "f" else np.float32))

@@ -1,0 +1,67 @@
+"""Where a key-value prefix starts before training.
+
+Real text is the best start known: 41.6 % against 18.6 % for random numbers in PEFT's own comparison on MetaMathQA, and the
+low-data results of Li & Liang 2021, section 6.4. Random starts are drawn at the scale of the model's own keys and values;
+the standard normal that is usual elsewhere is far from what attention expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import Positions
+from prefixkit.injections import KeyValuePrefix
+
+
+class KeyValueSource(Protocol):
+    """A backbone, as far as initialisation needs one."""
+
+    def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
+        """The keys and values of a text at positions 0, 1, …"""
+        ...
+
+
+def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> KeyValuePrefix:
+    """The keys and values of `token_ids`, repeated or cut to `length` slots.
+
+    Raises:
+        ConfigError: an empty text.
+    """
+    if not token_ids:
+        raise ConfigError("--init text", expected="a text of at least one token", found="none")
+    repeated = list(token_ids) * (length // len(token_ids) + 1)
+    return source.key_values_of(repeated[:length])
+
+
+def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, seed: int) -> KeyValuePrefix:
+    """Normal numbers with the mean and spread that each layer's keys and values have on a real text."""
+    text = from_text(source, token_ids, max(length, len(token_ids)))
+    generator = torch.Generator().manual_seed(seed)
+    return replace(
+        text,
+        keys=tuple(_normal_like(key, length, generator) for key in text.keys),
+        values=tuple(_normal_like(value, length, generator) for value in text.values),
+        positions=Positions(text_start=length),
+    )
+
+
+def zeros(source: KeyValueSource, length: int) -> KeyValuePrefix:
+    """Zeros: each slot still takes its share of attention, and gives nothing for it."""
+    text = from_text(source, [0], length)
+    return replace(
+        text, keys=tuple(map(torch.zeros_like, text.keys)), values=tuple(map(torch.zeros_like, text.values))
+    )
+
+
+def _normal_like(sample: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """[kv_heads, prefix, head_dim] with the mean and standard deviation of `sample` per head and dimension."""
+    sample = sample.float().cpu()
+    heads, _, dim = sample.shape
+    spread = sample.std(dim=1, keepdim=True) if sample.shape[1] > 1 else sample.std()
+    return sample.mean(dim=1, keepdim=True) + spread * torch.randn(heads, length, dim, generator=generator)

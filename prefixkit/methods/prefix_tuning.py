@@ -1,0 +1,89 @@
+"""Prefix-Tuning (Li & Liang 2021, arXiv 2101.00190) for decoders: trained keys and values in every layer.
+
+Where the paper and the official code differ, this follows the code: keys and values are free after projection (the paper
+speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from prefixkit.errors import ConfigError
+from prefixkit.injections import KeyValuePrefix
+from prefixkit.methods.reparameterization import MLP, Direct
+
+REPARAMETERIZATIONS = ("none", "mlp")
+
+
+class PrefixTuning(nn.Module):
+    """A trainable key-value prefix. Calling the module gives the current `KeyValuePrefix`, with gradients.
+
+    Args:
+        start: where training begins.
+        reparameterization: `none` trains the prefix itself, `mlp` a two-layer network that produces it.
+        hidden: width of the MLP's embedding; the official code takes the backbone's hidden size.
+        bottleneck: width of the MLP's middle layer.
+        paper_start: with `mlp`, begin at the MLP's own random output as the official code does, not at `start`.
+
+    Raises:
+        ConfigError: an unknown reparametrisation.
+    """
+
+    def __init__(
+        self,
+        start: KeyValuePrefix,
+        *,
+        reparameterization: str = "none",
+        hidden: int = 512,
+        bottleneck: int = 512,
+        paper_start: bool = False,
+    ) -> None:
+        super().__init__()
+        # Not a tensor attribute of the module: only its shapes are kept, never a second copy of the start.
+        self._layout = replace(
+            start, keys=tuple(map(_shape_only, start.keys)), values=tuple(map(_shape_only, start.values))
+        )
+        flat = _flatten(start)
+        if reparameterization == "none":
+            self.prefix: nn.Module = Direct(flat)
+        elif reparameterization == "mlp":
+            begin = torch.zeros_like(flat) if paper_start else flat
+            self.prefix = MLP(begin, hidden=hidden, bottleneck=bottleneck, exact_start=not paper_start)
+        else:
+            known = " or ".join(REPARAMETERIZATIONS)
+            raise ConfigError("reparameterization", expected=known, found=reparameterization)
+
+    def forward(self) -> KeyValuePrefix:
+        """The prefix that the current parameters make."""
+        return _unflatten(self.prefix(), self._layout)
+
+    @torch.no_grad()
+    def fold(self) -> KeyValuePrefix:
+        """The prefix as constants: any reparametrisation is computed once and left behind."""
+        return _unflatten(self.prefix().detach().clone(), self._layout)
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _flatten(prefix: KeyValuePrefix) -> Tensor:
+    """[prefix, width]: per slot layer 0's key, its value, layer 1's key, …"""
+    parts = [part for pair in zip(prefix.keys, prefix.values, strict=True) for part in pair]
+    return torch.cat([part.float().transpose(0, 1).flatten(1) for part in parts], dim=1)
+
+
+def _unflatten(flat: Tensor, layout: KeyValuePrefix) -> KeyValuePrefix:
+    shapes = [part.shape for pair in zip(layout.keys, layout.values, strict=True) for part in pair]
+    ends = [0]
+    for heads, _, dim in shapes:
+        ends.append(ends[-1] + heads * dim)
+    parts = [
+        flat[:, begin:end].unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+        for (begin, end), shape in zip(pairwise(ends), shapes, strict=True)
+    ]
+    return replace(layout, keys=tuple(parts[0::2]), values=tuple(parts[1::2]))
