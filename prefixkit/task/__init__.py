@@ -1,0 +1,20 @@
+"""What a prefix was trained to read and write, in code: every prompt is encoded here, in training and in serving.
+
+`load_tokenizer` reads a model folder, `load_task` finds a ready-made task or a TOML file, `encode_prompt` and
+`encode_target` turn text into the ids that `prefixkit.format.manifest.TaskRecord` promises.
+"""
+
+from __future__ import annotations
+
+from prefixkit.task.catalogue import load_task as load_task
+from prefixkit.task.chat import chat_template_hash as chat_template_hash
+from prefixkit.task.chat import render_chat as render_chat
+from prefixkit.task.encode import Fields as Fields
+from prefixkit.task.encode import check_task as check_task
+from prefixkit.task.encode import decode_target as decode_target
+from prefixkit.task.encode import encode_prompt as encode_prompt
+from prefixkit.task.encode import encode_target as encode_target
+from prefixkit.task.encode import input_fields as input_fields
+from prefixkit.task.encode import stop_ids as stop_ids
+from prefixkit.task.tokenizer import ModelTokenizer as ModelTokenizer
+from prefixkit.task.tokenizer import load_tokenizer as load_tokenizer

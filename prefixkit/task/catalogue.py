@@ -1,0 +1,141 @@
+"""Ready-made tasks, and tasks of one's own as TOML files with the same keys.
+
+    input_template = "{question} "     fields in braces; {bos} and {eos} stand for the tokenizer's own strings
+    separator = "{eos}"                closes the prompt; survives truncation
+    target_template = " {target} "
+    stop = ["{eos}"]                   the first is taught, each ends generation
+    bos = "none"                       "none", "before" (the prefix holds it) or "after" (one is put behind it)
+    max_length = 128                   tokens of prompt and target together
+
+What a file leaves out is as in the task `text`, except `bos`: it follows the tokenizer, which knows whether its model
+expects one.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import Bos, TaskRecord
+from prefixkit.spelling import did_you_mean
+from prefixkit.task.chat import chat_template_hash, render_chat, turn_end
+from prefixkit.task.encode import check_task
+from prefixkit.task.template import escape
+from prefixkit.task.tokenizer import ModelTokenizer
+
+TEMPLATES: Mapping[str, Mapping[str, Any]] = {
+    "text": {
+        "input_template": "{input}",
+        "separator": "\n",
+        "target_template": "{target}",
+        "stop": ["{eos}"],
+    },
+    # As the code of Prefix-Tuning (Li and Liang, 2021) writes it for GPT-2, where the separator, named BOS, is EOS.
+    "e2e": {
+        "input_template": " {input} ",
+        "separator": "{eos}",
+        "target_template": " {target} ",
+        "stop": ["{eos}"],
+    },
+}
+READY_MADE = (*TEMPLATES, "chat")
+KEYS = ("name", "input_template", "separator", "target_template", "stop", "bos", "max_length")
+
+
+def load_task(name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int) -> TaskRecord:
+    """The ready-made task of that name, or the task that a TOML file describes, for this tokenizer.
+
+    `max_length` is the number of tokens that the backbone has for prompt and target; a file may ask for fewer.
+    Raises ConfigError.
+    """
+    name = str(name_or_path)
+    if name == "chat":
+        return _chat(tokenizer, max_length)
+    if name in TEMPLATES:
+        return _task(name, {"name": name}, TEMPLATES[name], tokenizer, max_length)
+    if name.endswith(".toml"):
+        return _task(name, _read(Path(name)), TEMPLATES["text"], tokenizer, max_length)
+    raise ConfigError(
+        "--task",
+        expected="a ready-made task or a .toml file",
+        found=repr(name),
+        next_step=did_you_mean(name, READY_MADE),
+    )
+
+
+def _chat(tokenizer: ModelTokenizer, max_length: int) -> TaskRecord:
+    opening = render_chat(tokenizer, [{"role": "user", "content": "a"}])
+    end = turn_end(tokenizer)
+    task = TaskRecord(
+        name="chat",
+        input_template="{messages}",
+        separator="",
+        target_template="{target}",
+        bos="after" if tokenizer.bos and opening.startswith(tokenizer.bos) else "none",
+        stop=tuple(dict.fromkeys([*([end] if end else []), *tokenizer.stop])),
+        max_length=max_length,
+        chat_template_hash=chat_template_hash(tokenizer.chat_template or ""),
+    )
+    check_task(task, tokenizer)
+    return task
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(path, expected="a task file", found="no such file") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, expected="a TOML file", found=str(error)) from error
+    for key in settings:
+        if key not in KEYS:
+            raise ConfigError(path, expected="the keys of a task", found=repr(key), next_step=did_you_mean(key, KEYS))
+    return {"name": path.stem, **settings}
+
+
+def _task(
+    where: str, settings: Mapping[str, Any], missing: Mapping[str, Any], tokenizer: ModelTokenizer, limit: int
+) -> TaskRecord:
+    given = {**missing, "bos": "after" if tokenizer.adds_bos else "none", "max_length": limit, **settings}
+    _check_types(where, given, limit)
+    task = TaskRecord(
+        name=given["name"],
+        input_template=_resolve(given["input_template"], tokenizer, escape),
+        separator=_resolve(given["separator"], tokenizer),
+        target_template=_resolve(given["target_template"], tokenizer, escape),
+        bos=given["bos"],
+        stop=tuple(_resolve(token, tokenizer) for token in given["stop"]),
+        max_length=given["max_length"],
+    )
+    check_task(task, tokenizer)
+    return task
+
+
+def _check_types(where: str, given: Mapping[str, Any], limit: int) -> None:
+    for key in ("name", "input_template", "separator", "target_template"):
+        if not isinstance(given[key], str):
+            raise ConfigError(where, expected=f"{key} = a string", found=repr(given[key]))
+    if given["bos"] not in get_args(Bos):
+        raise ConfigError(where, expected='bos = "none", "before" or "after"', found=repr(given["bos"]))
+    if not isinstance(given["stop"], list) or not all(isinstance(token, str) for token in given["stop"]):
+        raise ConfigError(where, expected="stop = a list of strings", found=repr(given["stop"]))
+    if type(given["max_length"]) is not int or not 1 <= given["max_length"] <= limit:
+        raise ConfigError(where, expected=f"max_length from 1 to {limit}", found=repr(given["max_length"]))
+
+
+def _resolve(text: str, tokenizer: ModelTokenizer, written: Any = str) -> str:
+    for name, token in (("{eos}", tokenizer.eos), ("{bos}", tokenizer.bos)):
+        if name not in text:
+            continue
+        if token is None:
+            raise ConfigError(
+                tokenizer.folder,
+                expected=f"a token for {name}",
+                found="none",
+                next_step="write separator and stop yourself in a task file",
+            )
+        text = text.replace(name, written(token))
+    return text
