@@ -1,0 +1,146 @@
+"""Encoded examples in padded batches. The batch of a step is a pure function of the data, the seed and the step.
+
+Notation: B batch, T tokens of the longest example in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+
+from prefixkit.data.readers import Example
+from prefixkit.errors import ConfigError, DataError
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
+
+IGNORED = -100
+"""The label of a token that is not to be learned, as torch's cross entropy has it."""
+POOL = 64
+"""Batches' worth of random examples that are sorted by length together: more would pad less and mix less."""
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of one example; only those of `target` are learned."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int64 tensors, [B, T] each. `labels` stand at their own token: the model's loss shifts them by one."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.attention_mask.sum())
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that are learned."""
+        return int((self.labels != IGNORED).sum())
+
+
+def encode_examples(task: TaskRecord, tokenizer: ModelTokenizer, examples: Iterable[Example]) -> list[EncodedExample]:
+    """Each example as the task says. Raises DataError, at the example's line, where one cannot be made to fit."""
+    return [_encoded(task, tokenizer, example) for example in examples]
+
+
+def _encoded(task: TaskRecord, tokenizer: ModelTokenizer, example: Example) -> EncodedExample:
+    target = encode_target(task, tokenizer, example.target, where=example.where)
+    prompt = encode_prompt(task, tokenizer, example.fields, room=len(target), where=example.where)
+    if not prompt or not target:
+        raise DataError(example.where, expected="a prompt and a target of a token or more", found="an empty one")
+    return EncodedExample(tuple(prompt), tuple(target))
+
+
+def collate(examples: Sequence[EncodedExample], *, pad_id: int = 0, side: Side = "right") -> Batch:
+    """One batch of `examples` in order, padded on `side`. Any id of the vocabulary serves as `pad_id`: it is masked."""
+    shape = (len(examples), max(map(len, examples)))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        start = shape[1] - len(example) if side == "left" else 0
+        middle, end = start + len(example.prompt), start + len(example)
+        input_ids[row, start:end] = example.prompt + example.target
+        attention_mask[row, start:end] = 1
+        labels[row, middle:end] = example.target
+    return Batch(*map(torch.from_numpy, (input_ids, attention_mask, labels)))
+
+
+def in_order(
+    examples: Sequence[EncodedExample], *, batch_size: int, pad_id: int = 0, side: Side = "right"
+) -> Iterator[Batch]:
+    """Every example once, by length, for a loss that does not depend on the order."""
+    ordered = sorted(examples, key=len)
+    for start in range(0, len(ordered), batch_size):
+        yield collate(ordered[start : start + batch_size], pad_id=pad_id, side=side)
+
+
+class TrainingBatches:
+    """Batches of similar length in random order, every example exactly once an epoch.
+
+    Steps count from 0 through all epochs, so a step is all the state there is: resume with `from_step(step)`. The
+    last batch that an epoch forms may be smaller than `batch_size`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[EncodedExample],
+        *,
+        batch_size: int,
+        seed: int,
+        pad_id: int = 0,
+        side: Side = "right",
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
+        if seed < 0:
+            raise ConfigError("--seed", expected="0 or more", found=str(seed))
+        if not examples:
+            raise DataError("training data", expected="at least one example", found="none")
+        self.examples, self.batch_size, self.seed, self.pad_id, self.side = examples, batch_size, seed, pad_id, side
+        self.steps_per_epoch = -(-len(examples) // batch_size)
+        self._lengths = np.array([len(example) for example in examples])
+        self._epoch = lru_cache(maxsize=2)(self._plan)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`."""
+        return collate([self.examples[i] for i in self.indices(step)], pad_id=self.pad_id, side=self.side)
+
+    def indices(self, step: int) -> list[int]:
+        """Which examples the batch of `step` holds."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Batches without end, the first one that of `step`."""
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        random = np.random.default_rng([self.seed, epoch])
+        shuffled = random.permutation(len(self.examples))
+        size = self.batch_size * POOL
+        batches: list[list[int]] = []
+        for pool in (shuffled[start : start + size] for start in range(0, len(shuffled), size)):
+            by_length = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
+            batches += [by_length[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
+        return [batches[i] for i in random.permutation(len(batches))]
