@@ -16,8 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit.backbones.attention import AttentionRoute, uses_registry
 from prefixkit.backbones.geometry import measure, refuse_swallowed
+from prefixkit.backbones.identity import identify, origin
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import KeyValuePrefix, key_value_prefix
+from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
 
@@ -127,25 +129,38 @@ def _fill(cache: Any, prefix: KeyValuePrefix, batch: int, dtype: torch.dtype) ->
         cache.update(key.to(dtype).expand(batch, -1, -1, -1), value.to(dtype).expand(batch, -1, -1, -1), layer)
 
 
-def attach(model: PreTrainedModel, prefix: KeyValuePrefix | nn.Module, *, freeze: bool = True) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel,
+    prefix: Prefix | KeyValuePrefix | nn.Module,
+    *,
+    freeze: bool = True,
+    allow_mismatch: bool = False,
+) -> PreTrainedModel:
     """Give `model` a fixed prefix, or the trainable one that a method makes, in place.
 
     The method becomes the submodule `model.prefixkit`, so optimizers, `Trainer` and `state_dict` see its parameters.
+    A loaded file is checked against the backbone that the model was loaded from; a model that came from no folder can only
+    be checked by its geometry.
 
     Args:
         model: a decoder of `transformers`.
-        prefix: a `KeyValuePrefix`, or a method such as `methods.prefix_tuning.PrefixTuning`.
+        prefix: a loaded file, a `KeyValuePrefix`, or a method such as `methods.prefix_tuning.PrefixTuning`.
         freeze: stop gradients into the backbone's parameters (`detach` restores what they were).
+        allow_mismatch: take a file that was made for other weights, as long as the shapes fit.
 
     Returns:
         The same model.
 
     Raises:
         BackboneError: the model has a prefix already, or a sliding window would swallow this one.
-        MismatchError: the prefix has other layers or shapes than the model.
+        MismatchError: the prefix has other layers or shapes than the model, or was made for another backbone.
     """
     if hasattr(model, _NAME):
         raise BackboneError(model.config.model_type, found="a prefix that is attached already", next_step="detach it first")
+    if isinstance(prefix, Prefix):
+        if not allow_mismatch:
+            check_origin(prefix, model)
+        prefix = key_value_prefix(prefix)
     method = FixedPrefix(prefix) if isinstance(prefix, KeyValuePrefix) else prefix
     with torch.no_grad():
         check_fits(model, method())
@@ -178,6 +193,18 @@ def _undo(model: PreTrainedModel, attachment: Attachment, required: dict[str, bo
             parameter.requires_grad_(required[name])
 
     return undo
+
+
+def check_origin(prefix: Prefix, model: PreTrainedModel) -> None:
+    """Refuse a file made for another backbone, where the folder that `model` was loaded from is known.
+
+    Raises:
+        MismatchError: another configuration or other weights.
+    """
+    folder = origin(model.config)
+    if folder is not None:
+        geometry = measure(model, model.config.model_type)
+        matches(prefix, identify(folder, folder.name, None, model.config, geometry))
 
 
 def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:

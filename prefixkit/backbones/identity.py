@@ -46,6 +46,23 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any] | None:
     return dict(parameters) if parameters else None
 
 
+def origin(config: PreTrainedConfig) -> Path | None:
+    """The local folder that a model with this configuration was loaded from, the hub's cache included, if known."""
+    source = getattr(config, "_name_or_path", "")
+    if not source:
+        return None
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def memory_digest(model: PreTrainedModel) -> str:
     """BLAKE3 over every backbone tensor in memory, to compare before and after training. Not the stored digest."""
     tree = blake3()

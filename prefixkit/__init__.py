@@ -1,0 +1,61 @@
+"""prefixkit: train prefixes and soft prompts against frozen models, keep them in one portable file, serve them anywhere.
+
+Everything is imported on first use: `import prefixkit` alone costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefixkit.backbones.attach import attach as attach
+    from prefixkit.backbones.attach import detach as detach
+    from prefixkit.backbones.load import load_backbone as load_backbone
+    from prefixkit.export.onnx import export_onnx as export
+    from prefixkit.methods.prefix_tuning import PrefixTuning as PrefixTuning
+    from prefixkit.prefix import Prefix as Prefix
+    from prefixkit.prefix import load as load
+    from prefixkit.prefix import save as save
+    from prefixkit.serving.session import Session as Session
+    from prefixkit.training.config import TrainConfig as TrainConfig
+    from prefixkit.training.loop import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Prefix": "prefixkit.prefix",
+    "load": "prefixkit.prefix",
+    "save": "prefixkit.prefix",
+    "Session": "prefixkit.serving.session",
+    "attach": "prefixkit.backbones.attach",
+    "detach": "prefixkit.backbones.attach",
+    "load_backbone": "prefixkit.backbones.load",
+    "PrefixTuning": "prefixkit.methods.prefix_tuning",
+    "TrainConfig": "prefixkit.training.config",
+    "train": "prefixkit.training.loop",
+    "export": "prefixkit.export.onnx:export_onnx",
+}
+
+__all__ = [  # noqa: F822
+    "Prefix",
+    "PrefixTuning",
+    "Session",
+    "TrainConfig",
+    "attach",
+    "detach",
+    "export",
+    "load",
+    "load_backbone",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prefixkit' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,112 @@
+"""Training state: private to this package, resumable bit for bit, and free to change its layout between versions."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.atomic import write_bytes
+from prefixkit.methods.prefix_tuning import PrefixTuning
+from prefixkit.training.preparation import Prepared
+
+LAYOUT = 1
+# What may differ between a run and its continuation.
+_FREE = {"output", "device", "evaluation.patience"}
+
+
+@dataclass
+class State:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        last_loss: nats a target token on the last batch.
+        best_loss, best_step, best: the best validation so far and the method's parameters then.
+        stale: validations since the best one.
+    """
+
+    step: int = 0
+    last_loss: float = float("nan")
+    best_loss: float = float("inf")
+    best_step: int = 0
+    best: dict[str, Tensor] | None = None
+    stale: int = 0
+
+
+def path_of(output: str | Path) -> Path:
+    """Where the state of the run that writes `output` is kept."""
+    return Path(f"{output}.checkpoint")
+
+
+def save(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Write the state atomically; returns where."""
+    buffer = io.BytesIO()
+    stored = {
+        "layout": LAYOUT,
+        "run": _run(prepared),
+        "method": prepared.method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "state": vars(state),
+    }
+    torch.save(stored, buffer)
+    path = path_of(prepared.config.output)
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
+    """Put method, optimizer and random state back where `save` found them.
+
+    Raises:
+        ConfigError: no checkpoint, an unreadable one, or one of a run with other settings or data.
+    """
+    path = path_of(prepared.config.output)
+    stored = _read(path)
+    ours, theirs = _run(prepared), stored["run"]
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key not in _FREE and ours.get(key) != theirs.get(key):
+            raise ConfigError(
+                path,
+                expected=f"{key} = {theirs.get(key)!r} as when the run began",
+                found=repr(ours.get(key)),
+                next_step="resume with the same settings, or start anew without --resume",
+            )
+    prepared.method.load_state_dict(stored["method"])
+    optimizer.load_state_dict(stored["optimizer"])
+    torch.set_rng_state(stored["random"])
+    return State(**stored["state"])
+
+
+def best_method(method: PrefixTuning, state: State) -> None:
+    """Put the parameters of the best validation back into `method`; without one it stays as it is."""
+    if state.best is not None:
+        method.load_state_dict(state.best)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stored = torch.load(path, weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(path, expected="a checkpoint to resume", found="none", next_step="start without --resume") from error
+    except Exception as error:  # a damaged file fails in many ways inside torch
+        raise ConfigError(path, expected="a readable checkpoint", found=type(error).__name__) from error
+    if not isinstance(stored, dict) or stored.get("layout") != LAYOUT:
+        raise ConfigError(path, expected=f"layout {LAYOUT}", found="another version's", next_step="start without --resume")
+    return stored
+
+
+def _run(prepared: Prepared) -> dict[str, Any]:
+    """What must be equal for a continuation to be the same run, flat."""
+    identity = prepared.backbone.identity
+    run: dict[str, Any] = {"weights": identity.weights_hash, "data hash": prepared.data_hash}
+    for key, value in asdict(prepared.config).items():
+        inner = value.items() if isinstance(value, dict) else ()
+        run.update({f"{key}.{name}": item for name, item in inner} if inner else {key: value})
+    return run

@@ -1,0 +1,180 @@
+"""The training loop: backbone(batch, method()) -> loss -> step, until the end, Ctrl-C or no more improvement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from prefixkit import __version__
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.identity import memory_digest
+from prefixkit.data.batches import Batch, EncodedExample, in_order
+from prefixkit.errors import PrefixkitError
+from prefixkit.format.manifest import Manifest, Provenance
+from prefixkit.injections import KeyValuePrefix
+from prefixkit.prefix import Prefix, save
+from prefixkit.training import checkpoint
+from prefixkit.training.checkpoint import State
+from prefixkit.training.config import TrainConfig, recorded
+from prefixkit.training.objectives import cross_entropy_sum, next_token_positions, reduced
+from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.progress import Listener, Silence, Step, Validation
+
+# Chosen by tests/bench/defaults.py.
+DEFAULT_LR = {"none": 3e-2, "mlp": 1e-3}
+_LARGER = 2
+"""Validation needs no gradients: batches this many times larger."""
+
+
+def train(config: TrainConfig, *, resume: bool = False, listener: Listener | None = None) -> Prefix:
+    """Train a prefix as `config` says and write it to `config.output`.
+
+    Ctrl-C keeps what was done: the prefix so far is written, the state is kept for `resume`, and KeyboardInterrupt goes on.
+
+    Returns:
+        The prefix that was written: the one of the best validation, or the last one without validation data.
+
+    Raises:
+        InputError: whatever is wrong with the backbone, the data, the task or the options; nothing is written.
+        PrefixkitError: the frozen backbone changed.
+    """
+    listener = listener or Silence()
+    prepared = prepare(config)
+    optimizer = make_optimizer(prepared)
+    state = checkpoint.restore(prepared, optimizer) if resume else State()
+    frozen = memory_digest(prepared.backbone.model)
+    try:
+        run(prepared, optimizer, state, listener)
+    except KeyboardInterrupt:
+        kept = checkpoint.save(prepared, optimizer, state)
+        save(result(prepared, state), config.output)
+        listener.on_message(f"stopped at step {state.step}; {config.output} holds the prefix so far, {kept} the state")
+        raise
+    if memory_digest(prepared.backbone.model) != frozen:
+        raise PrefixkitError(config.backbone, expected="frozen weights", found="weights that changed during training")
+    prefix = result(prepared, state)
+    save(prefix, config.output)
+    checkpoint.path_of(config.output).unlink(missing_ok=True)
+    return prefix
+
+
+def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
+    """AdamW over the method's parameters; the backbone's are not in it."""
+    settings = prepared.config.optimizer
+    lr = settings.lr if settings.lr is not None else DEFAULT_LR[prepared.config.method.reparameterization]
+    return torch.optim.AdamW(prepared.method.parameters(), lr=lr, weight_decay=settings.weight_decay)
+
+
+def run(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> None:
+    """Step from where `state` stands to the end, validating and keeping checkpoints on the way."""
+    every = prepared.config.evaluation.every or max(1, prepared.total_steps // 10)
+    peak = [group["lr"] for group in optimizer.param_groups] if state.step == 0 else None
+    base_lr = peak or [group["initial_lr"] for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
+        group["initial_lr"] = lr
+    while state.step < prepared.total_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(state.step, prepared)
+        batch = prepared.batches.batch(state.step)
+        state.last_loss = step(prepared, optimizer, batch)
+        state.step += 1
+        listener.on_step(
+            Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens)
+        )
+        if state.step % every == 0 or state.step == prepared.total_steps:
+            validate(prepared, state, listener)
+            checkpoint.save(prepared, optimizer, state)
+            patience = prepared.config.evaluation.patience
+            if patience and state.stale >= patience:
+                listener.on_message(f"stopped early at step {state.step}: no improvement in {patience} validations")
+                return
+
+
+def schedule(step: int, prepared: Prepared) -> float:
+    """The share of the peak learning rate at `step`: a linear warm-up, then a linear decay to zero."""
+    warmup = prepared.config.optimizer.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    return (prepared.total_steps - step) / max(1, prepared.total_steps - warmup)
+
+
+def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One optimizer step; returns the loss in nats a target token."""
+    settings = prepared.config.optimizer
+    total = loss_sum(prepared.backbone, batch, prepared.method())
+    how, tokens, examples = settings.loss, batch.target_tokens, len(batch.input_ids)
+    reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item() / tokens
+
+
+def loss_sum(backbone: Decoder, batch: Batch, prefix: KeyValuePrefix | None) -> torch.Tensor:
+    """Summed cross-entropy in nats of the batch's target tokens; only their logits are computed."""
+    labels = batch.labels.to(backbone.device)
+    logits = backbone.logits_where(
+        next_token_positions(labels),
+        batch.input_ids.to(backbone.device),
+        batch.attention_mask.to(backbone.device),
+        prefix,
+    )
+    return cross_entropy_sum(logits, labels)
+
+
+@torch.no_grad()
+def mean_loss(
+    backbone: Decoder, examples: list[EncodedExample], prefix: KeyValuePrefix | None, batch_size: int
+) -> float:
+    """Nats a target token over `examples`."""
+    total, tokens = 0.0, 0
+    for batch in in_order(examples, batch_size=batch_size):
+        total += loss_sum(backbone, batch, prefix).item()
+        tokens += batch.target_tokens
+    return total / tokens
+
+
+def validate(prepared: Prepared, state: State, listener: Listener) -> None:
+    """Measure the validation loss and remember the parameters if they are the best so far."""
+    if not prepared.validation:
+        return
+    size = prepared.config.batch_size * _LARGER
+    loss = mean_loss(prepared.backbone, prepared.validation, prepared.method.fold(), size)
+    best = loss < state.best_loss
+    if best:
+        state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        state.best = {name: tensor.clone() for name, tensor in prepared.method.state_dict().items()}
+    else:
+        state.stale += 1
+    listener.on_validation(Validation(step=state.step, loss=loss, best=best))
+
+
+def result(prepared: Prepared, state: State) -> Prefix:
+    """The prefix of `state`, folded, with its manifest."""
+    latest = {name: tensor.clone() for name, tensor in prepared.method.state_dict().items()}
+    checkpoint.best_method(prepared.method, state)
+    folded = prepared.method.fold()
+    prepared.method.load_state_dict(latest)
+    metrics = {"steps": float(state.best_step or state.step)}
+    if state.best is not None:
+        metrics["validation_loss"] = state.best_loss
+    elif state.step:
+        metrics["training_loss"] = state.last_loss
+    config = prepared.config
+    provenance = Provenance(
+        method=config.method.name,
+        prefixkit=__version__,
+        config=recorded(replace(config, steps=prepared.total_steps, epochs=None)),
+        seed=config.seed,
+        data_hash=prepared.data_hash,
+        metrics=metrics,
+        parents=prepared.parents,
+    )
+    manifest = Manifest(
+        backbone=prepared.backbone.identity,
+        injections=(folded.record(),),
+        provenance=provenance,
+        task=prepared.task,
+    )
+    return Prefix(manifest, folded.arrays())
