@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.task import (
@@ -14,7 +15,7 @@ from prefixkit.task import (
     load_task,
     render_chat,
 )
-from tests.small_tokenizer import CHAT_TEMPLATE, END, small_tokenizer
+from tests.small_tokenizer import CHAT_TEMPLATE, END, small_backend, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,19 @@ def test_prompt_is_the_rendered_conversation(tokenizer: ModelTokenizer) -> None:
     prompt = encode_prompt(task, tokenizer, {"messages": messages})
     assert tokenizer.decode(prompt) == rendered
     assert prompt.count(tokenizer.token_id("<|im_start|>")) == 3
+
+
+def test_prompt_is_the_one_of_transformers(tokenizer: ModelTokenizer) -> None:
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=small_backend(adds_bos=True), bos_token="<s>", eos_token=END, chat_template=CHAT_TEMPLATE
+    )
+    messages = [
+        {"role": "user", "content": "  Hi <|im_end|> {{ caf\u00e9 }}\n"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
+    ours = encode_prompt(load_task("chat", tokenizer, max_length=200), tokenizer, {"messages": messages})
+    assert ours == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize(("bos", "count"), [("none", 0), ("before", 0), ("after", 1)])
