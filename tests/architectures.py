@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-VOCAB = 97
+VOCAB = 320
 WINDOW = 16
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _LLAMA: dict[str, Any] = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
 from prefixkit.backbones.geometry import refuse_swallowed
@@ -106,6 +107,35 @@ class Decoder:
             values=tuple(layer.values[0].clone() for layer in cache.layers),
             positions=Positions(text_start=len(token_ids)),
         )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix: KeyValuePrefix | None = None,
+        *,
+        stop: Sequence[int],
+        max_new_tokens: int,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """What the model writes after each prompt, greedily or by beam search; stop tokens end a row and are left out."""
+        width = max(map(len, prompts))
+        rows = [[stop[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            eos_token_id=list(stop),
+            pad_token_id=stop[0],
+        )
+        with self.injected(prefix) as model:
+            written = model.generate(  # type: ignore[operator]
+                input_ids=torch.tensor(rows, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
+                generation_config=settings,
+            )
+        return [list(takewhile(lambda token: token not in stop, row)) for row in written[:, width:].tolist()]
 
 
 def _constant(prefix: KeyValuePrefix | None) -> MakesPrefix | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -69,6 +71,15 @@ class TrainingDisplay:
         left = (now - self.started) / done * (step.total - step.step) if done else 0.0
         text = f"step {step.step}/{step.total}  loss {self.loss:.3f}  {speed:,.0f} tok/s  {left:.0f} s left"
         self.console.print(text, highlight=False)
+
+
+@contextmanager
+def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error for `total` things; the function it yields hears how many are done."""
+    bar = Progress(console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def quiet_transformers() -> None:

@@ -178,11 +178,12 @@ def parse(stored: Mapping[str, Any]) -> Manifest:
 
 
 def _injection(record: Mapping[str, Any]) -> InjectionRecord:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     if "positions" in fields:
         fields["positions"] = Positions(**record["positions"])
     return InjectionRecord(**fields)
 
 
 def _task(record: Mapping[str, Any]) -> TaskRecord:
-    return TaskRecord(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return TaskRecord(**fields)

@@ -1,0 +1,74 @@
+"""How good a prefix is at its task: loss, and what it writes against every reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.data.readers import Example
+from prefixkit.data.references import ReferenceGroup, group_references
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import KeyValuePrefix
+from prefixkit.task import ModelTokenizer, decode_target, encode_prompt, stop_ids
+from prefixkit.training.metrics import generation_scores
+
+
+@dataclass(frozen=True)
+class Written:
+    """One input, its references, and what the model wrote for it."""
+
+    group: ReferenceGroup
+    text: str
+
+
+def write(
+    backbone: Decoder,
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    groups: Sequence[ReferenceGroup],
+    prefix: KeyValuePrefix | None,
+    *,
+    num_beams: int = 1,
+    max_new_tokens: int = 100,
+    batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Written]:
+    """What the model writes for each group's input, in the order of `groups`.
+
+    `done` hears how many inputs were finished after each batch.
+    """
+    prompts = [encode_prompt(task, tokenizer, group.fields, room=1, where=group.where) for group in groups]
+    texts: dict[int, str] = {}
+    for batch in _by_length(prompts, batch_size):
+        written = backbone.generate(
+            [prompts[index] for index in batch],
+            prefix,
+            stop=stop_ids(task, tokenizer),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+        )
+        texts.update(zip(batch, (decode_target(task, tokenizer, row) for row in written), strict=True))
+        done(len(texts))
+    return [Written(group, texts[index]) for index, group in enumerate(groups)]
+
+
+def scores(written: Sequence[Written]) -> dict[str, float]:
+    """The generation metrics of what was written; see `prefixkit.training.metrics`."""
+    return generation_scores([one.text for one in written], [one.group.references for one in written])
+
+
+def grouped(examples: Sequence[Example], limit: int | None = None) -> list[ReferenceGroup]:
+    """Each input once with all its references, the first `limit` of them."""
+    return group_references(examples)[:limit]
+
+
+def ungrouped(groups: Sequence[ReferenceGroup]) -> list[Example]:
+    """One example a reference, for the loss."""
+    return [Example(group.fields, reference, group.where) for group in groups for reference in group.references]
+
+
+def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,80 @@
+"""Configurations: every wrong setting is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixkit.errors import ConfigError
+from prefixkit.training.config import from_mapping, override, read_toml, recorded
+
+LEAST = {"backbone": "model", "data": "train.jsonl", "output": "out.safetensors"}
+
+
+def test_defaults_are_those_of_the_experiment() -> None:
+    config = from_mapping(LEAST)
+    assert (config.method.name, config.method.length, config.method.init) == ("prefix-tuning", 16, "text")
+    assert (config.batch_size, config.optimizer.loss, config.optimizer.lr) == (16, "mean", None)
+
+
+def test_sections_come_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('backbone = "m"\ndata = "d"\noutput = "o"\n[method]\nlength = 4\n[optimizer]\nlr = 1\n')
+    config = from_mapping(read_toml(path))
+    assert config.method.length == 4
+    assert config.optimizer.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("optimizer.lr=0.5", {"optimizer": {"lr": 0.5}}),
+        ("method.init=text:a b", {"method": {"init": "text:a b"}}),
+        ("steps = 3", {"steps": 3}),
+    ],
+)
+def test_set_reads_toml_values(assignment: str, expected: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {}
+    override(settings, assignment)
+    assert settings == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stepz": 3}, "did you mean 'steps'"),
+        ({"method": {"name": "prefix-tunning"}}, "did you mean 'prefix-tuning'"),
+        ({"method": {"lenght": 3}}, "did you mean 'length'"),
+        ({"method": {"length": 0}}, "--length: expected at least 1; found 0"),
+        ({"method": {"length": "long"}}, "expected a value of type int; found 'long'"),
+        ({"steps": -1}, "--steps: expected at least 0; found -1"),
+        ({"steps": 1, "epochs": 1}, "either --steps or --epochs"),
+        ({"epochs": float("nan")}, "--epochs: expected a positive number"),
+        ({"optimizer": {"lr": -1.0}}, "--lr: expected a positive number; found -1"),
+        ({"optimizer": {"loss": "men"}}, "expected mean or sum; found 'men'; did you mean 'mean'"),
+        ({"device": "gpu"}, "device: expected auto or cpu or cuda; found 'gpu'"),
+        ({"steps": True}, "expected a value of type int; found True"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping({**LEAST, **settings})
+
+
+def test_missing_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="expected --data; found none"):
+        from_mapping({"backbone": "m", "output": "o"})
+
+
+@pytest.mark.parametrize("assignment", ["lr", "=3", "steps.a=1"])
+def test_wrong_assignments_are_named(assignment: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        override({"steps": 3}, assignment)
+
+
+def test_provenance_holds_no_path() -> None:
+    kept = recorded(from_mapping({**LEAST, "task": "/home/me/task.toml", "method": {"init": "prefix:/home/me/p"}}))
+    assert "/" not in str(kept)
+    assert kept["task"] == "task"

@@ -1,0 +1,214 @@
+"""Training: it learns, it stays frozen, it repeats itself, and it resumes, each to the byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixkit.errors import ConfigError, DataError, InputError, MismatchError, PrefixkitError
+from prefixkit.prefix import load
+from prefixkit.training import checkpoint, loop
+from prefixkit.training.config import TrainConfig, from_mapping
+from prefixkit.training.progress import Silence, Step, Validation
+
+Folder = Callable[..., Path]
+
+
+class Interrupted(Silence):
+    """Presses Ctrl-C after `step` steps, and keeps what it hears."""
+
+    def __init__(self, step: int = -1) -> None:
+        self.at, self.losses, self.validations, self.messages = step, [], [], []
+
+    def on_step(self, step: Step) -> None:
+        self.losses.append(step.loss)
+        if step.step == self.at:
+            raise KeyboardInterrupt
+
+    def on_validation(self, validation: Validation) -> None:
+        self.validations.append(validation)
+
+    def on_message(self, message: str) -> None:
+        self.messages.append(message)
+
+
+def settings(folder: Path, records: Path, output: Path, **changes: Any) -> TrainConfig:
+    given: dict[str, Any] = {
+        "backbone": str(folder),
+        "data": str(records),
+        "eval_data": str(records),
+        "output": str(output),
+        "steps": 12,
+        "batch_size": 8,
+        "method": {"length": 4},
+        "optimizer": {"lr": 0.1},
+        "evaluation": {"every": 4},
+    }
+    return from_mapping({**given, **changes})
+
+
+@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_loss_falls(
+    backbone_folder: Folder, records: Path, tmp_path: Path, family: str, reparameterization: str
+) -> None:
+    method = {"length": 4, "reparameterization": reparameterization}
+    lr = {"lr": 0.1 if reparameterization == "none" else 0.01}
+    heard = Interrupted()
+    config = settings(backbone_folder(family), records, tmp_path / "p", method=method, optimizer=lr, steps=30)
+    prefix = loop.train(config, listener=heard)
+    assert sum(heard.losses[-5:]) < 0.9 * sum(heard.losses[:5])
+    assert prefix.manifest.provenance.metrics["validation_loss"] == min(v.loss for v in heard.validations)
+    assert load(tmp_path / "p").manifest.content == load(tmp_path / "p").manifest.content
+    assert not checkpoint.path_of(tmp_path / "p").exists()
+
+
+def test_same_seed_gives_the_same_bytes(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other"
+    for output, seed in ((one, 3), (two, 3), (other, 4)):
+        loop.train(settings(backbone_folder("gpt2"), records, output, seed=seed))
+    assert one.read_bytes() == two.read_bytes()
+    assert one.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
+@pytest.mark.parametrize("at", [1, 6, 8])
+def test_resumed_run_ends_with_the_same_bytes(
+    backbone_folder: Folder, records: Path, tmp_path: Path, at: int, reparameterization: str
+) -> None:
+    method = {"length": 4, "reparameterization": reparameterization, "init": "random"}
+    straight = settings(backbone_folder("gpt2"), records, tmp_path / "straight", method=method)
+    broken = settings(backbone_folder("gpt2"), records, tmp_path / "broken", method=method)
+    loop.train(straight)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken, listener=(heard := Interrupted(at)))
+    assert load(tmp_path / "broken").manifest.provenance.method == "prefix-tuning"
+    assert f"stopped at step {at}" in heard.messages[0]
+    loop.train(broken, resume=True)
+    assert (tmp_path / "straight").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
+def test_resume_refuses_another_run(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    output = tmp_path / "p"
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings(backbone_folder("gpt2"), records, output), listener=Interrupted(2))
+    with pytest.raises(ConfigError, match="batch_size = 8 as when the run began; found 4"):
+        loop.train(settings(backbone_folder("gpt2"), records, output, batch_size=4), resume=True)
+    with pytest.raises(ConfigError, match="weights = "):
+        loop.train(settings(backbone_folder("gpt2", 1), records, output), resume=True)
+    with pytest.raises(ConfigError, match="expected a checkpoint to resume; found none"):
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "q"), resume=True)
+
+
+def test_backbone_that_moves_is_caught(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.step
+
+    def thawed(prepared: Any, *rest: Any) -> float:
+        with torch.no_grad():
+            next(prepared.backbone.model.parameters()).add_(1e-3)
+        return real(prepared, *rest)
+
+    monkeypatch.setattr(loop, "step", thawed)
+    with pytest.raises(PrefixkitError, match="expected frozen weights; found weights that changed"):
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p", steps=1))
+    assert not (tmp_path / "p").exists()
+
+
+def test_zero_steps_write_the_initial_prefix(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    prefix = loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p", steps=0, method={"length": 4}))
+    assert "training_loss" not in prefix.manifest.provenance.metrics
+    again = loop.train(
+        settings(
+            backbone_folder("gpt2"),
+            records,
+            tmp_path / "q",
+            steps=0,
+            method={"length": 4, "init": f"prefix:{tmp_path / 'p'}"},
+        )
+    )
+    assert again.manifest.provenance.parents == (load(tmp_path / "p").manifest.content,)
+    assert all((again.tensors[name] == array).all() for name, array in prefix.tensors.items())
+
+
+def test_start_from_a_prefix_of_another_backbone_is_refused(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p", steps=0))
+    method = {"length": 4, "init": f"prefix:{tmp_path / 'p'}"}
+    with pytest.raises(MismatchError):
+        loop.train(settings(backbone_folder("gpt2", 1), records, tmp_path / "q", method=method))
+
+
+def test_early_stopping_keeps_the_best(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    heard = Interrupted()
+    config = settings(
+        backbone_folder("gpt2"),
+        records,
+        tmp_path / "p",
+        steps=200,
+        optimizer={"lr": 30.0},
+        evaluation={"every": 2, "patience": 3},
+    )
+    prefix = loop.train(config, listener=heard)
+    assert len(heard.losses) < 200
+    assert "stopped early" in heard.messages[-1]
+    best = min(heard.validations, key=lambda one: one.loss)
+    assert prefix.manifest.provenance.metrics == {"steps": best.step, "validation_loss": best.loss}
+
+
+def test_sum_and_mean_differ_by_the_token_count(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "p")
+    prepared = loop.prepare(config)
+    batch = prepared.batches.batch(0)
+    total = loop.loss_sum(prepared.backbone, batch, prepared.method())
+    mean = loop.reduced(total, how="mean", tokens=batch.target_tokens, examples=8)
+    summed = loop.reduced(total, how="sum", tokens=batch.target_tokens, examples=8)
+    assert summed.item() == pytest.approx(mean.item() * batch.target_tokens / 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"length": 200}}, "--length: expected a prefix shorter than the context of 128 tokens; found 200"),
+        ({"method": {"init": "txt"}}, "--init: expected text or text:WORDS"),
+        ({"method": {"init": "random:3"}}, "--init: expected text or text:WORDS"),
+        ({"data": "/nowhere/train.jsonl"}, "/nowhere/train.jsonl"),
+        ({"backbone": "/nowhere/model"}, "/nowhere/model: expected a folder"),
+        ({"output": "/nowhere/out"}, "expected an existing folder"),
+        ({"task": "e2"}, "did you mean 'e2e'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    backbone_folder: Folder, records: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p", **changes))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_malformed_line_is_named(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    lines = records.read_text().splitlines()
+    lines[16] = '{"input": "a"'
+    broken = tmp_path / "train.jsonl"
+    broken.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"train\.jsonl:17"):
+        loop.train(settings(backbone_folder("gpt2"), broken, tmp_path / "p"))
+
+
+def test_example_longer_than_the_context_keeps_its_target(
+    backbone_folder: Folder, tmp_path: Path, records: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"input": "x " * 400, "target": "the river"}) + "\n")
+    prepared = loop.prepare(settings(backbone_folder("gpt2"), path, tmp_path / "p", eval_data=None))
+    batch = prepared.batches.batch(0)
+    assert batch.input_ids.shape[1] <= 128 - 4
+    assert batch.target_tokens > 5
