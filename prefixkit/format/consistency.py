@@ -1,0 +1,133 @@
+"""What a manifest must agree on with itself and with its tensors, beyond what a JSON Schema can say.
+
+All functions take a document whose structure is sound.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from prefixkit.format import names
+from prefixkit.format.checks import Problem
+
+DTYPES = ("F32", "F16", "BF16")
+Shape = tuple[int, ...]
+
+
+class Described(Protocol):
+    """A tensor's dtype (as safetensors calls it) and shape."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+
+def consistency(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """The problems between the fields of one manifest."""
+    slots = [(record["kind"], record.get("stack"), record.get("attention")) for record in document["injections"]]
+    for index, (slot, many) in enumerate(Counter(slots).items()):
+        if many > 1:
+            yield Problem(f"/injections/{index}", f"expected one {slot[0]} for a place; found {many}")
+    for index, record in enumerate(document["injections"]):
+        yield from _injection(f"/injections/{index}", record, document)
+    filler = document.get("task", {}).get("filler_id")
+    if filler is not None and filler >= document["backbone"]["vocab_size"]:
+        yield Problem("/task/filler_id", f"expected a token id of the vocabulary; found {filler}")
+
+
+def _injection(pointer: str, record: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
+    backbone = document["backbone"]
+    stack, length = record.get("stack"), record.get("length")
+    if stack is not None and stack not in backbone["stacks"]:
+        yield Problem(f"{pointer}/stack", f"expected a stack with geometry in /backbone/stacks; found {stack!r}")
+    if (stack, record.get("attention")) == ("encoder", "cross"):
+        yield Problem(f"{pointer}/attention", "expected 'self', as encoders have no cross-attention; found 'cross'")
+    if length is not None and record.get("frozen_slots", 0) > length:
+        yield Problem(f"{pointer}/frozen_slots", f"expected at most {length} slots; found {record['frozen_slots']}")
+    if "positions" in record:
+        yield from _positions(f"{pointer}/positions", record["positions"], backbone.get("context_length"))
+    if record["kind"] == "embedding_prompt":
+        yield from _embedding_prompt(pointer, record, backbone["vocab_size"])
+    labels = document.get("task", {}).get("labels")
+    if record["kind"] == "task_head" and labels is not None and record["labels"] != len(labels):
+        yield Problem(f"{pointer}/labels", f"expected {len(labels)} as in /task/labels; found {record['labels']}")
+
+
+def _positions(pointer: str, positions: Mapping[str, Any], context: int | None) -> Iterator[Problem]:
+    start = positions["text_start"]
+    if not positions["prefix_takes_positions"] and start != 0:
+        yield Problem(f"{pointer}/text_start", f"expected 0, as the prefix takes no positions; found {start}")
+    if context is not None and start >= context:
+        yield Problem(f"{pointer}/text_start", f"expected a position within the context of {context}; found {start}")
+
+
+def _embedding_prompt(pointer: str, record: Mapping[str, Any], vocabulary: int) -> Iterator[Problem]:
+    length = record["length"]
+    if (record["placement"] == "slots") != ("slots" in record):
+        yield Problem(pointer, "expected slots exactly with the placement 'slots'")
+    for field in ("slots", "token_ids"):
+        if len(record.get(field, [0] * length)) != length:
+            yield Problem(f"{pointer}/{field}", f"expected {length}, one a prompt vector; found {len(record[field])}")
+    if record.get("slots", []) != sorted(set(record.get("slots", []))):
+        yield Problem(f"{pointer}/slots", "expected positions in ascending order")
+    if any(token >= vocabulary for token in record.get("token_ids", [])):
+        yield Problem(f"{pointer}/token_ids", f"expected token ids below {vocabulary}")
+
+
+def expected_shapes(document: Mapping[str, Any]) -> dict[str, tuple[str, Shape | None]]:
+    """By tensor name: the pointer of the injection that it belongs to, and its shape (None: any)."""
+    shapes: dict[str, tuple[str, Shape | None]] = {}
+    for index, record in enumerate(document["injections"]):
+        for name, shape in _shapes(record, document["backbone"]):
+            shapes[name] = (f"/injections/{index}", shape)
+    return shapes
+
+
+def _shapes(record: Mapping[str, Any], backbone: Mapping[str, Any]) -> Iterator[tuple[str, Shape | None]]:
+    hidden, kind = backbone["hidden_size"], record["kind"]
+    stack, length = record.get("stack", ""), record.get("length", 0)
+    layers = backbone["stacks"].get(stack, [])
+    if kind == "key_value_prefix":
+        for index, layer in enumerate(layers):
+            heads = layer["kv_heads"]
+            yield names.key(stack, record["attention"], index), (heads, length, layer["key_dim"])
+            yield names.value(stack, record["attention"], index), (heads, length, layer["value_dim"])
+    elif kind == "hidden_prompt":
+        yield from ((names.hidden(stack, index), (length, hidden)) for index in range(len(layers)))
+    elif kind == "embedding_prompt":
+        yield names.PROMPT, (length, hidden)
+    elif kind == "parameter_delta":
+        yield from ((names.delta(parameter), None) for parameter in record["names"])
+    elif kind == "task_head":
+        yield names.HEAD_WEIGHT, (record["labels"], hidden)
+        yield names.HEAD_BIAS, (record["labels"],)
+
+
+def tensor_problems(document: Mapping[str, Any], tensors: Mapping[str, Described]) -> list[Problem]:
+    """Tensors that are missing, that nobody asked for, or that have another shape or dtype than the manifest says."""
+    wanted = expected_shapes(document)
+    found = [
+        Problem("/injections", f"expected no tensor {name[:80]!r}; found one") for name in tensors if name not in wanted
+    ]
+    for name, (pointer, shape) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            found.append(Problem(pointer, f"expected the tensor {name}; found none"))
+            continue
+        if shape is not None and tuple(tensor.shape) != shape:
+            found.append(Problem(pointer, f"expected {name} of shape {list(shape)}; found {list(tensor.shape)}"))
+        if tensor.dtype not in DTYPES:
+            found.append(Problem(pointer, f"expected {name} as {' or '.join(DTYPES)}; found {tensor.dtype}"))
+    return found + _mixed_dtypes(tensors)
+
+
+def _mixed_dtypes(tensors: Mapping[str, Described]) -> list[Problem]:
+    # Runtimes bind one dtype for the whole cache.
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name.endswith((".key", ".value"))}
+    if len(dtypes) < 2:
+        return []
+    return [Problem("/injections", f"expected keys and values of one dtype; found {' and '.join(sorted(dtypes))}")]

@@ -1,0 +1,141 @@
+"""A prefix in memory: its manifest and its arrays, and the way from and to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prefixkit.errors import FormatError, InputError
+from prefixkit.format import match, names
+from prefixkit.format.atomic import write_stream
+from prefixkit.format.canonical import canonical
+from prefixkit.format.checks import Problem
+from prefixkit.format.consistency import tensor_problems
+from prefixkit.format.digest import content_digest, leaf_line
+from prefixkit.format.finite import all_finite
+from prefixkit.format.header import read_tensors
+from prefixkit.format.manifest import BackboneIdentity, Manifest, document, parse
+from prefixkit.format.stored import KEY, data_problems, read_stored
+from prefixkit.format.validate import problems
+from prefixkit.format.writer import StoredTensor, encode
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a frozen backbone receives, as arrays.
+
+    Attributes:
+        manifest: what the prefix says of itself.
+        tensors: arrays of float32, float16 or bfloat16 (`ml_dtypes.bfloat16`) under the names of schemas/README.md,
+            such as `decoder.self.layers.3.key` of shape [kv_heads, prefix, key_dim]. Loaded arrays are read-only.
+    """
+
+    manifest: Manifest
+    tensors: dict[str, Array]
+
+
+def load(path: str | Path, *, verify: bool = True) -> Prefix:
+    """Read and judge the prefix file at `path`.
+
+    Args:
+        verify: also look at every number and compare the content digest.
+
+    Raises:
+        FormatError: anything that schemas/README.md does not allow; the message names the first problem and how many
+            more there are, and `prefixkit inspect` lists them all.
+    """
+    stored = read_stored(path)
+    _refuse(path, stored.problems, f"see `prefixkit inspect {path}`")
+    data = dict(read_tensors(path, stored.header))
+    if verify:
+        _refuse(path, data_problems(stored, data.items()), f"see `prefixkit inspect {path}`")
+    arrays = {}
+    for name, entry in stored.header.tensors.items():
+        arrays[name] = np.frombuffer(data[name], dtype=_NUMPY[entry.dtype]).reshape(entry.shape)
+    return Prefix(parse(stored.document), arrays)
+
+
+def save(prefix: Prefix, path: str | Path) -> Prefix:
+    """Write `prefix` to `path`, whole or not at all; the same prefix gives the same bytes.
+
+    Returns:
+        The prefix as it was written: with its content digest.
+
+    Raises:
+        FormatError: the prefix breaks the specification: another shape than the manifest says, another dtype, NaN.
+        InputError: the file cannot be written. In both cases what was at `path` stays.
+    """
+    tensors = {name: _stored(name, array) for name, array in prefix.tensors.items()}
+    lines = [leaf_line(name, tensor.dtype, tensor.shape, (tensor.data,)) for name, tensor in tensors.items()]
+    described = document(prefix.manifest)
+    content = content_digest(lines, described)
+    described["content"] = content
+    found = problems(described) or tensor_problems(described, tensors) or _not_finite(tensors)
+    _refuse(path, found, "nothing was written")
+    metadata = {"format": "pt", KEY: canonical(described, path).decode()}
+    write_stream(path, encode(tensors, metadata))
+    return Prefix(replace(prefix.manifest, content=content), prefix.tensors)
+
+
+def key_values(prefix: Prefix, *, stack: str = "decoder", attention: str = "self") -> list[tuple[Array, Array]]:
+    """The keys [kv_heads, prefix, key_dim] and values [kv_heads, prefix, value_dim] of each layer.
+
+    Raises:
+        InputError: the prefix has no keys and values for this attention.
+    """
+    for record in prefix.manifest.injections:
+        if (record.kind, record.stack, record.attention) == ("key_value_prefix", stack, attention):
+            layers = range(len(prefix.manifest.backbone.stacks[stack]))
+            keys = (prefix.tensors[names.key(stack, attention, layer)] for layer in layers)
+            values = (prefix.tensors[names.value(stack, attention, layer)] for layer in layers)
+            return list(zip(keys, values, strict=True))
+    kinds = ", ".join(record.kind for record in prefix.manifest.injections)
+    raise InputError("prefix", expected=f"keys and values for {stack}.{attention}", found=kinds)
+
+
+def matches(prefix: Prefix, identity: BackboneIdentity, allow_mismatch: bool = False) -> match.Level:
+    """Check that `identity` is the backbone that `prefix` was made for.
+
+    Args:
+        allow_mismatch: accept another configuration or other weights; other shapes stay refused, as they cannot run.
+
+    Returns:
+        The deepest level that was compared and is equal: `weights`, or `config` or `geometry` where hashes are unknown.
+
+    Raises:
+        MismatchError: in one line, the level that was checked and what differs.
+    """
+    where = f"prefix for {prefix.manifest.backbone.name} on {identity.name}"
+    wanted = match.facts(prefix.manifest.backbone)
+    return match.check(where, wanted, match.facts(identity), allow_mismatch=allow_mismatch)
+
+
+def _stored(name: str, array: Array) -> StoredTensor:
+    for dtype, numpy_dtype in _NUMPY.items():
+        if array.dtype.newbyteorder("<") == numpy_dtype:
+            data = np.ascontiguousarray(array).astype(numpy_dtype, copy=False).tobytes()
+            return StoredTensor(dtype, tuple(array.shape), data)
+    raise FormatError(f"tensor {name}", expected="float32, float16 or bfloat16", found=str(array.dtype))
+
+
+def _not_finite(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
+    return [
+        Problem("/injections", f"expected finite numbers in {name}; found NaN or Infinity")
+        for name, tensor in tensors.items()
+        if not all_finite(tensor.data, tensor.dtype)
+    ]
+
+
+def _refuse(path: str | Path, found: Sequence[Problem], next_step: str) -> None:
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise FormatError(f"{path} {found[0]}{more}", next_step=next_step)
