@@ -84,4 +84,5 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=array.dtype if array.dtype.kind == "f" else np.float32))
+    # torch reads no bfloat16 from numpy.
+    return torch.from_numpy(array.astype(np.float32 if array.dtype not in (np.float32, np.float16) else array.dtype))

@@ -16,8 +16,8 @@ from prefixkit.methods.prefix_tuning import PrefixTuning
 from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
-# What may differ between a run and its continuation.
-_FREE = {"output", "device", "evaluation.patience"}
+# What may differ between a run and its continuation: places (their contents are compared by hash) and when to stop.
+_FREE = {"backbone", "data", "output", "device", "evaluation.patience"}
 
 
 @dataclass

@@ -53,8 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
         raise
     if memory_digest(prepared.backbone.model) != frozen:
         raise PrefixkitError(config.backbone, expected="frozen weights", found="weights that changed during training")
-    prefix = result(prepared, state)
-    save(prefix, config.output)
+    prefix = save(result(prepared, state), config.output)
     checkpoint.path_of(config.output).unlink(missing_ok=True)
     return prefix
 
