@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from prefixkit.format.digest import content_digest, leaf_line
 from prefixkit.format.finite import all_finite
 from prefixkit.format.header import read_tensors
 from prefixkit.format.manifest import BackboneIdentity, Manifest, document, parse
-from prefixkit.format.stored import KEY, data_problems, read_stored
+from prefixkit.format.stored import KEY, data_problems, read_stored, refuse
 from prefixkit.format.validate import problems
 from prefixkit.format.writer import StoredTensor, encode
 
@@ -54,10 +54,10 @@ def load(path: str | Path, *, verify: bool = True) -> Prefix:
             more there are, and `prefixkit inspect` lists them all.
     """
     stored = read_stored(path)
-    _refuse(path, stored.problems, f"see `prefixkit inspect {path}`")
+    refuse(path, stored.problems)
     data = dict(read_tensors(path, stored.header))
     if verify:
-        _refuse(path, data_problems(stored, data.items()), f"see `prefixkit inspect {path}`")
+        refuse(path, data_problems(stored, data.items()))
     arrays = {}
     for name, entry in stored.header.tensors.items():
         arrays[name] = np.frombuffer(data[name], dtype=_NUMPY[entry.dtype]).reshape(entry.shape)
@@ -80,7 +80,7 @@ def save(prefix: Prefix, path: str | Path) -> Prefix:
     content = content_digest(lines, described)
     described["content"] = content
     found = problems(described) or tensor_problems(described, tensors) or _not_finite(tensors)
-    _refuse(path, found, "nothing was written")
+    refuse(path, found, next_step="nothing was written")
     metadata = {"format": "pt", KEY: canonical(described, path).decode()}
     write_stream(path, encode(tensors, metadata))
     return Prefix(replace(prefix.manifest, content=content), prefix.tensors)
@@ -133,9 +133,3 @@ def _not_finite(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
         for name, tensor in tensors.items()
         if not all_finite(tensor.data, tensor.dtype)
     ]
-
-
-def _refuse(path: str | Path, found: Sequence[Problem], next_step: str) -> None:
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise FormatError(f"{path} {found[0]}{more}", next_step=next_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,3 +80,12 @@ def digest_problems(document: Mapping[str, Any], lines: Iterable[bytes]) -> list
             "/content", f"expected {digest}, the digest of the content; found {document['content']} (damaged or edited)"
         )
     ]
+
+
+def refuse(path: str | Path, found: Sequence[Problem], *, next_step: str = "") -> None:
+    """Raise FormatError if there are problems: the first one, how many more, and where to see them all."""
+    if len(found) > 1:
+        step = next_step or f"`prefixkit inspect {path}` lists them"
+        raise FormatError(f"{path} {found[0]} (and {len(found) - 1} more)", next_step=step)
+    if found:
+        raise FormatError(f"{path} {found[0]}", next_step=next_step)
