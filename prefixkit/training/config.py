@@ -67,7 +67,7 @@ class EvaluationConfig:
     Attributes:
         every: steps between validations, and between checkpoints; 0 means a tenth of the run.
         patience: validations without improvement before stopping; 0 never stops early.
-        limit: validation examples at most, the first of the file.
+        limit: validation examples at most, taken evenly through the file.
     """
 
     every: int = 0

@@ -22,7 +22,7 @@ from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 
 # Chosen by tests/bench/defaults.py.
-DEFAULT_LR = {"none": 3e-2, "mlp": 1e-3}
+DEFAULT_LR = {"none": 1e-1, "mlp": 2e-3}
 _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
 

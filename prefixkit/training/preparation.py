@@ -116,7 +116,9 @@ def _validation(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer
     if config.eval_data is None:
         return []
     examples: list[Example] = read_examples(config.eval_data, fields=input_fields(task))
-    return encode_examples(task, tokenizer, examples[: config.evaluation.limit])
+    # Evenly through the file: the references of one input often stand together.
+    every = -(-len(examples) // config.evaluation.limit)
+    return encode_examples(task, tokenizer, examples[::every])
 
 
 def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
