@@ -49,12 +49,16 @@ def _show_tables(sections: Sequence[Section]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, pad_edge=False)
+    console = Console(highlight=False)
+    width = max((len(label) for _, rows in sections for label, _ in rows), default=0) + 2
     for title, rows in sections:
-        table.add_row(Text(printable(title), style="bold"))
+        console.print(Text(printable(title), style="bold"), overflow="fold")
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="dim", width=width, no_wrap=True)
+        table.add_column(overflow="fold")
         for label, value in rows:
-            table.add_row(Text(f"  {label}", style="dim"), Text(printable(value)))
-    Console().print(table)
+            table.add_row(Text(f"  {label}"), Text(printable(value)))
+        console.print(table)
 
 
 def sections_of(report: Mapping[str, Any]) -> Iterator[Section]:

@@ -5,7 +5,6 @@ All functions take a document whose structure is sound.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -28,11 +27,12 @@ class Described(Protocol):
 
 def consistency(document: Mapping[str, Any]) -> Iterator[Problem]:
     """The problems between the fields of one manifest."""
-    slots = [(record["kind"], record.get("stack"), record.get("attention")) for record in document["injections"]]
-    for index, (slot, many) in enumerate(Counter(slots).items()):
-        if many > 1:
-            yield Problem(f"/injections/{index}", f"expected one {slot[0]} for a place; found {many}")
+    places: set[tuple[str | None, ...]] = set()
     for index, record in enumerate(document["injections"]):
+        place = (record["kind"], record.get("stack"), record.get("attention"))
+        if place in places:
+            yield Problem(f"/injections/{index}", f"expected one {record['kind']} for a place; found another")
+        places.add(place)
         yield from _injection(f"/injections/{index}", record, document)
     filler = document.get("task", {}).get("filler_id")
     if filler is not None and filler >= document["backbone"]["vocab_size"]:

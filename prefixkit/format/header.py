@@ -17,7 +17,7 @@ from prefixkit.format.canonical import read_json
 
 CHECKPOINT_HEADER_LIMIT = 100 * 2**20
 """Bytes of header in a checkpoint, at most: the limit of the safetensors library."""
-PREFIX_HEADER_LIMIT = 4 * 2**20
+PREFIX_HEADER_LIMIT = 2 * 2**20
 """Bytes of header in a prefix file, at most. JSON grows up to thirtyfold in memory."""
 
 _DTYPES_BY_BITS = {
