@@ -1,4 +1,4 @@
-"""prefixkit: train prefixes and soft prompts against frozen models, keep them in one portable file, serve them anywhere.
+"""prefixkit: train prefixes against frozen models, keep each in one portable file, serve them anywhere.
 
 Everything is imported on first use: `import prefixkit` alone costs nothing.
 """
@@ -35,7 +35,7 @@ _HOME = {
     "export": "prefixkit.export.onnx:export_onnx",
 }
 
-__all__ = [  # noqa: F822
+__all__ = [
     "Prefix",
     "PrefixTuning",
     "Session",

@@ -42,7 +42,15 @@ _SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB, n_positions=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **_ENDS
+        vocab_size=VOCAB,
+        n_positions=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        **_ENDS,
     ),
     "llama": lambda: LlamaConfig(**_LLAMA),
     "qwen2": lambda: Qwen2Config(**_LLAMA),

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = "the blue spice river eagle mill pub cheap near city centre coffee shop food name area type".split()
+WORDS = ["the", "blue", "spice", "river", "eagle", "mill", "pub", "cheap", "near", "city", "coffee", "shop", "food"]
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,8 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def context_length(self) -> int | None:
@@ -118,7 +119,7 @@ class Decoder:
         max_new_tokens: int,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """What the model writes after each prompt, greedily or by beam search; stop tokens end a row and are left out."""
+        """What the model writes after each prompt, greedily or by beam search; a stop token ends a row and is left out."""
         width = max(map(len, prompts))
         rows = [[stop[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -130,7 +131,7 @@ class Decoder:
             pad_token_id=stop[0],
         )
         with self.injected(prefix) as model:
-            written = model.generate(  # type: ignore[operator]
+            written = model.generate(
                 input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=torch.tensor(mask, device=self.device),
                 generation_config=settings,

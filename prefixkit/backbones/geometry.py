@@ -1,4 +1,4 @@
-"""The shape of every layer's keys and values, measured on the model itself rather than guessed from its configuration."""
+"""The shape of every layer's keys and values, measured on the model rather than guessed from its configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
         raise _refusal(config, where, expected, "an encoder-decoder", "use a decoder-only backbone with this version")
 
 
-def _refusal(config: PreTrainedConfig, where: str, expected: str, reason: str, then: str = SOFT_PROMPT) -> BackboneError:
+def _refusal(
+    config: PreTrainedConfig, where: str, expected: str, reason: str, then: str = SOFT_PROMPT
+) -> BackboneError:
     return BackboneError(where, expected=expected, found=f"{config.model_type}: {reason}", next_step=then)
 
 

@@ -16,7 +16,7 @@ from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
 def identify(
     folder: Path, name: str, revision: str | None, config: PreTrainedConfig, geometry: tuple[LayerGeometry, ...]
 ) -> BackboneIdentity:
-    """The identity of the backbone stored in `folder`; its weights are hashed as stored (cached by path, size, mtime)."""
+    """The identity of the backbone in `folder`; its weights are hashed as stored (cached by path, size, mtime)."""
     return BackboneIdentity(
         name=name,
         revision=revision,

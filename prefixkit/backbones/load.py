@@ -33,7 +33,7 @@ def load_backbone(
     folder = _folder(source, revision)
     config = _config(folder)
     refuse_unsupported(config, str(source))
-    model = _model(folder, config, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
+    model = _model(folder, config, getattr(torch, dtype)).to(device)
     model.eval().requires_grad_(False)
     geometry = measure(model, str(source))
     name = folder.name if Path(source).is_dir() else str(source)
@@ -62,7 +62,8 @@ def _folder(source: str | Path, revision: str | None) -> Path:
 
 def _config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
-        raise BackboneError(folder, expected="config.json", found="none", next_step="give the folder of a transformers model")
+        step = "give the folder of a transformers model"
+        raise BackboneError(folder, expected="config.json", found="none", next_step=step)
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, TypeError) as error:

@@ -23,7 +23,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written for an input, at most.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 32,
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Score the bare model on the same task.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write inputs, texts, references as JSONL.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write texts and references as JSONL.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="What the backbone computes in.")] = "float32",
     allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take another backbone.")] = False,
@@ -73,7 +73,7 @@ def required_task(where: Path, task: Any) -> Any:
     from prefixkit.errors import ConfigError
 
     if task is None:
-        raise ConfigError(where, expected="a usage contract (task) in the file", found="none", next_step="train it here")
+        raise ConfigError(where, expected="a usage contract (task)", found="none", next_step="train a prefix with one")
     return task
 
 

@@ -43,7 +43,7 @@ def train(
     task: Annotated[str | None, typer.Option(help="text, e2e, chat or a TOML file.")] = None,
     length: Annotated[int | None, typer.Option(help="Prefix slots. [16]")] = None,
     init: Annotated[str | None, typer.Option(help="text, text:WORDS, random, zeros or prefix:FILE. [text]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps; 0 writes the initial prefix. [one epoch, at least 500]")] = None,
+    steps: Annotated[int | None, typer.Option(help="0 writes the initial prefix. [one epoch, at least 500]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of --steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [the method's own]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step. [16]")] = None,

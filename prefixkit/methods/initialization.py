@@ -1,8 +1,8 @@
 """Where a key-value prefix starts before training.
 
-Real text is the best start known: 41.6 % against 18.6 % for random numbers in PEFT's own comparison on MetaMathQA, and the
-low-data results of Li & Liang 2021, section 6.4. Random starts are drawn at the scale of the model's own keys and values;
-the standard normal that is usual elsewhere is far from what attention expects.
+Real text is the best start known: 41.6 % against 18.6 % for random numbers in PEFT's own comparison on MetaMathQA, and
+the low-data results of Li & Liang 2021, section 6.4. Random starts are drawn at the scale of the model's own keys and
+values; the standard normal that is usual elsewhere is far from what attention expects.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, s
 def zeros(source: KeyValueSource, length: int) -> KeyValuePrefix:
     """Zeros: each slot still takes its share of attention, and gives nothing for it."""
     text = from_text(source, [0], length)
-    return replace(
-        text, keys=tuple(map(torch.zeros_like, text.keys)), values=tuple(map(torch.zeros_like, text.values))
-    )
+    return replace(text, keys=tuple(map(torch.zeros_like, text.keys)), values=tuple(map(torch.zeros_like, text.values)))
 
 
 def _normal_like(sample: Tensor, length: int, generator: torch.Generator) -> Tensor:

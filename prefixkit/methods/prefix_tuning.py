@@ -1,7 +1,7 @@
 """Prefix-Tuning (Li & Liang 2021, arXiv 2101.00190) for decoders: trained keys and values in every layer.
 
-Where the paper and the official code differ, this follows the code: keys and values are free after projection (the paper
-speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout.
+Where the paper and the official code differ, this follows the code: keys and values are free after projection (the
+paper speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _unflatten(flat: Tensor, layout: KeyValuePrefix) -> KeyValuePrefix:
     for heads, _, dim in shapes:
         ends.append(ends[-1] + heads * dim)
     parts = [
-        flat[:, begin:end].unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+        flat[:, begin:end].reshape(-1, shape[0], shape[2]).transpose(0, 1)
         for (begin, end), shape in zip(pairwise(ends), shapes, strict=True)
     ]
     return replace(layout, keys=tuple(parts[0::2]), values=tuple(parts[1::2]))

@@ -21,9 +21,9 @@ class Direct(nn.Module):
 class MLP(nn.Module):
     """Embedding(prefix, hidden) -> Linear -> Tanh -> Linear, as in Li & Liang 2021, section 4.3.
 
-    The output is added to a constant start. With `exact_start` the last layer begins at zero, so that training begins exactly
-    at `start`; the official code reaches its start by fitting instead. Without it the layers begin as the official code's
-    do, and `start` should be zeros.
+    The output is added to a constant start. With `exact_start` the last layer begins at zero, so that training begins
+    exactly at `start`; the official code reaches its start by fitting instead. Without it the layers begin as the
+    official code's do, and `start` should be zeros.
     """
 
     start: Tensor

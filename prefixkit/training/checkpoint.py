@@ -94,11 +94,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         stored = torch.load(path, weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(path, expected="a checkpoint to resume", found="none", next_step="start without --resume") from error
+        step = "start without --resume"
+        raise ConfigError(path, expected="a checkpoint to resume", found="none", next_step=step) from error
     except Exception as error:  # a damaged file fails in many ways inside torch
         raise ConfigError(path, expected="a readable checkpoint", found=type(error).__name__) from error
     if not isinstance(stored, dict) or stored.get("layout") != LAYOUT:
-        raise ConfigError(path, expected=f"layout {LAYOUT}", found="another version's", next_step="start without --resume")
+        step = "start without --resume"
+        raise ConfigError(path, expected=f"layout {LAYOUT}", found="another version's", next_step=step)
     return stored
 
 

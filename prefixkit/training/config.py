@@ -104,7 +104,8 @@ def from_mapping(settings: Mapping[str, Any], where: str = "configuration") -> T
     Raises:
         ConfigError: an unknown or missing key, or a value of the wrong type or out of range.
     """
-    return _record(TrainConfig, settings, where)
+    config: TrainConfig = _record(TrainConfig, settings, where)
+    return config
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """What the provenance keeps of `config`: no paths and nothing of the machine, so that equal runs give equal files."""
+    """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
     for local in ("backbone", "data", "eval_data", "output", "device"):
         del kept[local]

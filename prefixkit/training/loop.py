@@ -30,7 +30,7 @@ _LARGER = 2
 def train(config: TrainConfig, *, resume: bool = False, listener: Listener | None = None) -> Prefix:
     """Train a prefix as `config` says and write it to `config.output`.
 
-    Ctrl-C keeps what was done: the prefix so far is written, the state is kept for `resume`, and KeyboardInterrupt goes on.
+    Ctrl-C keeps what was done: the prefix so far is written, the state is kept for `resume`, and the interrupt goes on.
 
     Returns:
         The prefix that was written: the one of the best validation, or the last one without validation data.
@@ -78,9 +78,7 @@ def run(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, list
         batch = prepared.batches.batch(state.step)
         state.last_loss = step(prepared, optimizer, batch)
         state.step += 1
-        listener.on_step(
-            Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens)
-        )
+        listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
         if state.step % every == 0 or state.step == prepared.total_steps:
             validate(prepared, state, listener)
             checkpoint.save(prepared, optimizer, state)

@@ -25,5 +25,5 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduced(total: Tensor, *, how: str, tokens: int, examples: int) -> Tensor:
-    """`mean` over target tokens; `sum` over an example's tokens and mean over examples, as Prefix-Tuning's code does."""
+    """`mean` over target tokens; `sum` over an example's tokens, mean over examples, as Prefix-Tuning's code does."""
     return total / (tokens if how == "mean" else examples)

@@ -107,7 +107,8 @@ def room_for_text(backbone: Decoder, length: int) -> int:
     refuse_swallowed(backbone.geometry, length, backbone.identity.name)
     context = backbone.context_length
     if context is not None and length >= context - 1:
-        raise ConfigError("--length", expected=f"a prefix shorter than the context of {context} tokens", found=str(length))
+        expected = f"a prefix shorter than the context of {context} tokens"
+        raise ConfigError("--length", expected=expected, found=str(length))
     # Without a stated context (ALiBi) a limit still keeps one stray example from filling the memory.
     return (context - length) if context is not None else 2048
 

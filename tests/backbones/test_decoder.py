@@ -1,4 +1,4 @@
-"""Every architecture against itself: each row of a ragged batch must give what it gives alone in the unmodified model."""
+"""Every architecture against itself: a row of a ragged batch must give what it gives alone in the unmodified model."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m tests.bench.defaults --steps 300 --out defaults.jsonl
 
-Runs on the embedded backbone and sample, or on `--backbone`, `--data` and `--eval-data`. Each row is one run of the product's own
-loop; a row that exists in `--out` is not run again. `--table` prints what `--out` holds.
+Runs on the embedded backbone and sample, or on `--backbone`, `--data` and `--eval-data`. Each row is one run of the
+product's own loop; a row that exists in `--out` is not run again. `--table` prints what `--out` holds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     done = options.out.read_text().splitlines() if options.out.exists() else []
     known = [(row["case"], row["seed"]) for row in map(json.loads, done)]
-    todo = [] if options.table else [(case, seed) for seed in options.seeds for case in CASES if (case, seed) not in known]
+    cases = [] if options.table else [(case, seed) for seed in options.seeds for case in CASES]
+    todo = [one for one in cases if one not in known]
     for case, seed in todo:
         began = time.process_time()
         row = {"case": case, "seed": seed, "steps": options.steps, "loss": validation_loss(options, case, seed)}

@@ -1,10 +1,10 @@
 """E2E test BLEU of every way to adapt one frozen model, at equal processor time. Run from the root of the project:
 
-    python -m tests.bench.e2e --data E2E_FOLDER --backbone gpt2-8m --arm prefix --seed 0 --minutes 10 --out results.jsonl
+    python -m tests.bench.e2e --data E2E_FOLDER --backbone gpt2-8m --arm prefix --minutes 10 --out results.jsonl
 
-`--minutes` are minutes of this machine's `--threads` cores, counted as processor time, so that a busy machine takes longer
-but trains no less. The learning rate decays linearly over that time. The parameters with the best validation loss are
-kept; the test set is read once, at the end, by beam search. One line of JSON is appended to `--out`.
+`--minutes` are minutes of this machine's `--threads` cores, counted as processor time, so that a busy machine takes
+longer but trains no less. The learning rate decays linearly over that time. The parameters with the best validation
+loss are kept; the test set is read once, at the end, by beam search. One line of JSON is appended to `--out`.
 
 Arms: `none` (the bare model), `prefix` (our defaults), `random` (the same from a random start), `lora` (PEFT, rank 8 on
 every attention projection), `full` (full fine-tuning, which is exempt from the frozen law), and `one-template` and
@@ -131,7 +131,8 @@ def template_arm(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for split in options.splits:
         groups = evaluation.grouped(read_examples(options.data / f"{split}.txt.gz"), options.limit)
         texts = [TEMPLATES[options.arm](str(group.fields["input"])) for group in groups]
-        yield {"split": split, "inputs": len(groups), **generation_scores(texts, [group.references for group in groups])}
+        references = [group.references for group in groups]
+        yield {"split": split, "inputs": len(groups), **generation_scores(texts, references)}
 
 
 def main() -> None:

@@ -43,9 +43,7 @@ def test_json_is_one_object(
     assert told["metrics"]["steps"] == 2
 
 
-def test_flags_override_the_file_and_set_overrides_both(
-    backbone_folder: Folder, records: Path, tmp_path: Path
-) -> None:
+def test_flags_override_the_file_and_set_overrides_both(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('seed = 1\n[method]\nlength = 9\ninit = "zeros"\n[optimizer]\nlr = 0.5\n')
     output = tmp_path / "p"
