@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from prefixkit.errors import FormatError, InputError
 from prefixkit.format import match, names
 from prefixkit.format.atomic import write_stream
 from prefixkit.format.canonical import canonical
-from prefixkit.format.checks import Problem
+from prefixkit.format.checks import Problem, below
 from prefixkit.format.consistency import tensor_problems
 from prefixkit.format.digest import content_digest, leaf_line
 from prefixkit.format.finite import all_finite
@@ -86,6 +86,28 @@ def save(prefix: Prefix, path: str | Path) -> Prefix:
     return Prefix(replace(prefix.manifest, content=content), prefix.tensors)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Where two prefixes differ (a JSON pointer into the manifest, or a tensor's name), and how."""
+
+    where: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.how}"
+
+
+def compare(ours: Prefix, theirs: Prefix) -> list[Difference]:
+    """All differences between two prefixes, those of the manifests first; the content digest follows from the rest."""
+    left, right = (document(replace(prefix.manifest, content=None)) for prefix in (ours, theirs))
+    found = list(_document_differences("", left, right))
+    for name in sorted(ours.tensors.keys() | theirs.tensors.keys()):
+        how = _array_difference(ours.tensors.get(name), theirs.tensors.get(name))
+        if how:
+            found.append(Difference(name, how))
+    return found
+
+
 def key_values(prefix: Prefix, *, stack: str = "decoder", attention: str = "self") -> list[tuple[Array, Array]]:
     """The keys [kv_heads, prefix, key_dim] and values [kv_heads, prefix, value_dim] of each layer.
 
@@ -117,6 +139,25 @@ def matches(prefix: Prefix, identity: BackboneIdentity, allow_mismatch: bool = F
     where = f"prefix for {prefix.manifest.backbone.name} on {identity.name}"
     wanted = match.facts(prefix.manifest.backbone)
     return match.check(where, wanted, match.facts(identity), allow_mismatch=allow_mismatch)
+
+
+def _document_differences(pointer: str, ours: Any, theirs: Any) -> Iterator[Difference]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _document_differences(below(pointer, key), ours.get(key), theirs.get(key))
+    elif ours != theirs:
+        told = ("nothing" if value is None else repr(value) for value in (ours, theirs))
+        yield Difference(pointer, " and ".join(told))
+
+
+def _array_difference(ours: Array | None, theirs: Array | None) -> str:
+    if ours is None or theirs is None or (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        told = ("nothing" if array is None else f"{array.dtype} {list(array.shape)}" for array in (ours, theirs))
+        return " and ".join(told)
+    if ours.tobytes() == theirs.tobytes():
+        return ""
+    apart = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
+    return f"numbers that differ by at most {apart:g}"
 
 
 def _stored(name: str, array: Array) -> StoredTensor:

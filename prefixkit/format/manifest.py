@@ -159,22 +159,27 @@ def _without_none(value: Any) -> Any:
 
 def parse(stored: Mapping[str, Any]) -> Manifest:
     """The records of a document that `validate.problems` found nothing wrong with."""
-    backbone = dict(stored["backbone"])
-    backbone["stacks"] = {
-        name: tuple(LayerGeometry(**layer) for layer in layers) for name, layers in backbone["stacks"].items()
-    }
-    for optional in ("config_hash", "weights_hash", "tokenizer_hash", "context_length"):
-        backbone.setdefault(optional, None)
     provenance = dict(stored["provenance"])
     provenance["parents"] = tuple(provenance.get("parents", ()))
     return Manifest(
         schema=stored["schema"],
-        backbone=BackboneIdentity(**backbone),
+        backbone=parse_backbone(stored["backbone"]),
         injections=tuple(_injection(record) for record in stored["injections"]),
         task=_task(stored["task"]) if "task" in stored else None,
         provenance=Provenance(**provenance),
         content=stored.get("content"),
     )
+
+
+def parse_backbone(stored: Mapping[str, Any]) -> BackboneIdentity:
+    """The backbone of a document that `validate.problems` found nothing wrong with."""
+    backbone = dict(stored)
+    backbone["stacks"] = {
+        name: tuple(LayerGeometry(**layer) for layer in layers) for name, layers in backbone["stacks"].items()
+    }
+    for optional in ("config_hash", "weights_hash", "tokenizer_hash", "context_length"):
+        backbone.setdefault(optional, None)
+    return BackboneIdentity(**backbone)
 
 
 def _injection(record: Mapping[str, Any]) -> InjectionRecord:

@@ -23,8 +23,9 @@ def facts(identity: BackboneIdentity) -> Facts:
         for index, layer in enumerate(layers):
             shapes[f"{stack} layer {index}"] = f"{layer.kv_heads} heads of {layer.key_dim} and {layer.value_dim}"
             windows[f"{stack} layer {index}"] = f"window {layer.window}" if layer.window else "full attention"
+    stacks = " and ".join(sorted(identity.stacks))
     return {
-        "geometry": {"layers": _depth(identity), "hidden size": identity.hidden_size, **shapes},
+        "geometry": {"stacks": stacks, "layers": _depth(identity), "hidden size": identity.hidden_size, **shapes},
         "config": {
             "architecture": identity.family,
             "vocabulary": identity.vocab_size,

@@ -45,17 +45,26 @@ def read_stored(path: str | Path) -> StoredPrefix:
         FormatError: no such file, a damaged one, or one without a manifest.
     """
     header = read_header(path, limit=PREFIX_HEADER_LIMIT)
-    if KEY not in header.metadata:
-        step = "train one with `prefixkit train`, or bring one over with `prefixkit import`"
-        raise FormatError(
-            path, expected=f"a prefix file (metadata key {KEY!r})", found="other safetensors", next_step=step
-        )
-    original = read_json(header.metadata[KEY].encode(), f"{path} metadata {KEY}")
-    if not isinstance(original, dict):
-        raise FormatError(path, expected="a manifest, which is a JSON object", found=f"a {type(original).__name__}")
+    original = _manifest(path, header.metadata)
     document = migrate(original)
     found = problems(document) or tensor_problems(document, header.tensors)
     return StoredPrefix(Path(path), header, document, original, tuple(found))
+
+
+def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if KEY not in metadata:
+        step = "train one with `prefixkit train`, or bring one over with `prefixkit import`"
+        found = "other safetensors"
+        raise FormatError(path, expected=f"a prefix file (metadata key {KEY!r})", found=found, next_step=step)
+    others = {key: value for key, value in metadata.items() if key != KEY}
+    if others != {"format": "pt"}:
+        # The digest covers no other metadata.
+        told = ", ".join(f"{key[:40]!r}: {value[:40]!r}" for key, value in list(others.items())[:3])
+        raise FormatError(path, expected=f"the metadata format: 'pt' and {KEY} alone", found=told or f"{KEY} alone")
+    manifest = read_json(metadata[KEY].encode(), f"{path} metadata {KEY}")
+    if not isinstance(manifest, dict):
+        raise FormatError(path, expected="a manifest, which is a JSON object", found=f"a {type(manifest).__name__}")
+    return manifest
 
 
 def data_problems(stored: StoredPrefix, tensors: Iterable[tuple[str, bytes]]) -> list[Problem]:
