@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def test_nothing_in_a_file_steers_the_terminal(tmp_path: Path, monkeypatch: pyte
         told = capsys.readouterr().out
         assert "\\x1b]0;owned\\x07 [red]" in told
         assert "\x07" not in told
+
+
+def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path) -> None:
+    prefix = small_prefix()
+    backbone = replace(prefix.manifest.backbone, name="中")
+    save(Prefix(replace(prefix.manifest, backbone=backbone), prefix.tensors), tmp_path / "x")
+    command = [sys.executable, "-c", "from prefixkit.cli import main; main()", "inspect", str(tmp_path / "x")]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ascii_only)
+    assert "backbone: \\u4e2d" in done.stdout
 
 
 def test_all_problems_are_listed(tmp_path: Path, capsys: Out) -> None:
