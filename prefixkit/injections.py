@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefixkit.format.manifest import InjectionRecord, Positions
-from prefixkit.prefix import Prefix, key_values
+from prefixkit.prefix import Array, Prefix, key_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class KeyValuePrefix:
             frozen_slots=self.frozen_slots,
         )
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Array]:
         """The tensors under the names that a prefix file gives them."""
         stored = {}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -64,7 +65,7 @@ Injection = KeyValuePrefix
 
 
 def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:
-    """The key-value injection of a loaded file, as float32 or float16 tensors (bfloat16 becomes float32, exactly)."""
+    """The key-value injection of a loaded file, in the dtype that it is stored in."""
     pairs = [(_tensor(key), _tensor(value)) for key, value in key_values(prefix)]
     record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
     assert record.positions is not None
@@ -77,12 +78,16 @@ def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:
     )
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    # numpy has no bfloat16; float32 holds every bfloat16 value exactly.
-    plain = tensor.detach().cpu()
-    return np.ascontiguousarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
+def _array(tensor: Tensor) -> Array:
+    # torch and numpy share no bfloat16: its bits travel as integers.
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return plain.numpy()
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    # torch reads no bfloat16 from numpy.
-    return torch.from_numpy(array.astype(np.float32 if array.dtype not in (np.float32, np.float16) else array.dtype))
+def _tensor(array: Array) -> Tensor:
+    # A copy: the arrays of a loaded file are read-only, which torch does not know.
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
