@@ -1,0 +1,115 @@
+"""The generation loop: a batch of prompts, token by token, until each row has stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prefixkit.errors import InputError
+from prefixkit.serving.prefix_table import ServedPrefix
+from prefixkit.serving.runtime import Runtime
+from prefixkit.serving.sampling import Sampler, Sampling
+from prefixkit.serving.streaming import TextStream
+from prefixkit.task import ModelTokenizer
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row to write: its token ids, what stands before them, and where it ends."""
+
+    ids: Sequence[int]
+    prefix: ServedPrefix | None
+    stop: Sequence[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What was written for one prompt.
+
+    Attributes:
+        text: without white space at either end.
+        token_ids: those of the text, without the stop token.
+        finish: `stop` after a stop token, `length` when the tokens allowed were used up.
+        prompt_tokens: how many tokens the prompt had.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of one row. The last piece of a row, whose text may be empty, has its completion."""
+
+    row: int
+    text: str
+    completion: Completion | None = None
+
+
+@dataclass
+class _Row:
+    """A row in progress."""
+
+    prompt: Prompt
+    sampler: Sampler
+    stream: TextStream
+    written: list[int] = field(default_factory=list)
+    text: str = ""
+    done: bool = False
+
+
+def write(
+    runtime: Runtime, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], sampling: Sampling
+) -> Iterator[Piece]:
+    """Write every prompt in one batch. A row that has stopped waits as padding until the others have.
+
+    Raises:
+        InputError: no prompt.
+    """
+    if not prompts:
+        raise InputError("prompts", expected="at least one", found="none")
+    rows = [
+        _Row(prompt, Sampler(sampling, index, prompt.ids), TextStream(tokenizer))
+        for index, prompt in enumerate(prompts)
+    ]
+    return _loop(runtime, rows)
+
+
+def _loop(runtime: Runtime, rows: list[_Row]) -> Iterator[Piece]:
+    decoding = runtime.start([row.prompt.prefix for row in rows])
+    fed: list[Sequence[int]] = [row.prompt.ids for row in rows]
+    while True:
+        # Padding is on the left, so the last column is every row's newest token.
+        logits = decoding.feed(fed)[:, -1]
+        for index, row in enumerate(rows):
+            if not row.done:
+                yield _advance(row, index, row.sampler.choose(logits[index]))
+        if all(row.done for row in rows):
+            return
+        fed = [[] if row.done else row.written[-1:] for row in rows]
+
+
+def _advance(row: _Row, index: int, token: int) -> Piece:
+    if token in row.prompt.stop:
+        return _finish(row, index, "stop", "")
+    row.written.append(token)
+    text = row.stream.push(token)
+    row.text += text
+    if len(row.written) == row.prompt.max_new_tokens:
+        return _finish(row, index, "length", text)
+    return Piece(index, text)
+
+
+def _finish(row: _Row, index: int, finish: Finish, text: str) -> Piece:
+    rest = row.stream.finish()
+    row.done, row.text = True, row.text + rest
+    completion = Completion(
+        text=row.text, token_ids=tuple(row.written), finish=finish, prompt_tokens=len(row.prompt.ids)
+    )
+    return Piece(index, text + rest, completion)

@@ -1,0 +1,92 @@
+"""From what a user gives to token ids that the context has room for, as the prefix's usage contract says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from prefixkit.errors import InputError
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.serving.report import ExportedFolder
+from prefixkit.task import Fields, ModelTokenizer, check_task, encode_prompt, input_fields, stop_ids
+from prefixkit.task.encode import is_chat
+
+DEFAULT_NEW_TOKENS = 128
+_UNBOUNDED = 2**31
+
+
+def encode(
+    task: TaskRecord, tokenizer: ModelTokenizer, given: str | Fields, where: str
+) -> tuple[list[int], Sequence[int]]:
+    """The token ids of a prompt and of the tokens that end its answer.
+
+    Args:
+        given: the task's fields by name; or as text: its only field, a chat's user message, several fields as JSON.
+
+    Raises:
+        InputError: other fields than the task's, or an empty prompt.
+    """
+    check_task(task, tokenizer)
+    fields = _fields(task, given, where) if isinstance(given, str) else given
+    ids = encode_prompt(task, tokenizer, fields, room=1, where=where)
+    if not ids:
+        raise InputError(where, expected="at least one token", found="none", next_step="give some text")
+    return ids, stop_ids(task, tokenizer)
+
+
+def plain_text(tokenizer: ModelTokenizer) -> TaskRecord:
+    """The contract of a bare model: text is continued as it stands."""
+    return TaskRecord(
+        name="plain",
+        input_template="{input}",
+        separator="",
+        target_template="{target}",
+        bos="after" if tokenizer.adds_bos else "none",
+        stop=tokenizer.stop,
+        max_length=_UNBOUNDED,
+    )
+
+
+def room_for(context_length: int | None, start: int, tokens: int, where: str) -> int:
+    """How many tokens the context has left behind a prompt of `tokens` that starts at position `start`.
+
+    Raises:
+        InputError: none.
+    """
+    room = (context_length or _UNBOUNDED) - start - tokens
+    if room < 1:
+        raise InputError(
+            where,
+            expected=f"at most {tokens + room - 1} tokens, which leave one of the {context_length} of the context",
+            found=f"{tokens}" + (f" that start at position {start}" if start else ""),
+            next_step="shorten it",
+        )
+    return room
+
+
+def new_tokens(asked: int | None, room: int, where: str) -> int:
+    """How many tokens to write at most. Raises InputError for a number that was asked for and does not fit."""
+    if asked is not None and not 1 <= asked <= room:
+        raise InputError(where, expected=f"from 1 to {room} new tokens, which the context has left", found=f"{asked}")
+    return asked or min(DEFAULT_NEW_TOKENS, room)
+
+
+def baked_start(report: ExportedFolder) -> int:
+    """The position of the first token behind a prefix inside the graph, 0 without one."""
+    if not report.baked or report.prefix is None:
+        return 0
+    return max(record.positions.text_start for record in report.prefix.injections if record.positions is not None)
+
+
+def _fields(task: TaskRecord, text: str, where: str) -> Fields:
+    names = ("input",) if is_chat(task) else input_fields(task)
+    if len(names) == 1:
+        return {names[0]: text}
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        listed = ", ".join(repr(name) for name in names)
+        raise InputError(where, expected=f"a JSON object with the fields {listed}", found="other text")
+    return fields

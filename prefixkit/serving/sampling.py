@@ -1,0 +1,90 @@
+"""From logits to the next token: greedy, or one draw from what temperature, top-k, top-p and min-p leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixkit.errors import ConfigError
+from prefixkit.serving.prefix_table import Array
+
+
+def _require(option: str, expected: str, found: object, holds: bool) -> None:
+    if not holds:
+        raise ConfigError(option, expected=expected, found=str(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. The default is greedy.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
+        top_k: draw from this many of the likeliest tokens only.
+        top_p: draw from the likeliest tokens that hold this much probability together (Holtzman et al. 2020).
+        min_p: draw from tokens with at least this fraction of the likeliest one's probability.
+        repetition_penalty: above 1, divides the odds of tokens that the text already has (Keskar et al. 2019).
+        seed: row i of a batch draws as a single text would with seed + i.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("--temperature", "0 or more", self.temperature, self.temperature >= 0)
+        _require("--top-k", "1 or more", self.top_k, self.top_k is None or self.top_k >= 1)
+        _require("--top-p", "above 0, at most 1", self.top_p, self.top_p is None or 0 < self.top_p <= 1)
+        _require("--min-p", "from 0 to 1", self.min_p, self.min_p is None or 0 <= self.min_p <= 1)
+        _require("--repetition-penalty", "above 0", self.repetition_penalty, self.repetition_penalty > 0)
+        _require("--seed", "0 or more", self.seed, self.seed >= 0)
+        if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
+            found = "0, which takes the likeliest token whatever else is asked"
+            raise ConfigError("--temperature", expected="above 0 with --top-k, --top-p or --min-p", found=found)
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """The choices of one row, with a generator of its own, so that its neighbours do not matter."""
+
+    def __init__(self, sampling: Sampling, row: int, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.random = np.random.default_rng(sampling.seed + row)
+        self.seen = set(prompt)
+
+    def choose(self, logits: Array) -> int:
+        """The next token, from its logits [vocab]."""
+        scores = self._penalised(logits.astype(np.float64))
+        if self.sampling.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = self._draw(scores / self.sampling.temperature)
+        self.seen.add(token)
+        return token
+
+    def _penalised(self, scores: Array) -> Array:
+        if self.sampling.repetition_penalty != 1:
+            seen = np.fromiter(self.seen, dtype=np.int64)
+            penalty = self.sampling.repetition_penalty
+            scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        return scores
+
+    def _draw(self, scores: Array) -> int:
+        # Stable: equal scores keep the order of their ids on every machine.
+        order = np.argsort(-scores, kind="stable")[: self.sampling.top_k]
+        weights = np.exp(scores[order] - scores[order[0]])
+        if self.sampling.min_p is not None:
+            weights = weights[weights >= self.sampling.min_p]
+        cumulated = weights.cumsum()
+        if self.sampling.top_p is not None:
+            # The first token that reaches the sum is the last one kept.
+            cumulated = cumulated[: np.searchsorted(cumulated, self.sampling.top_p * cumulated[-1]) + 1]
+        drawn = self.random.random() * cumulated[-1]
+        return int(order[np.searchsorted(cumulated, drawn, side="right").clip(max=len(cumulated) - 1)])

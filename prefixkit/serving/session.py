@@ -1,0 +1,153 @@
+"""A served folder: one model in onnxruntime, any number of prefixes, batches of prompts with a prefix each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.prefix import Prefix, load, matches
+from prefixkit.serving.generation import Completion, Piece, Prompt, write
+from prefixkit.serving.prefix_table import ServedPrefix, served
+from prefixkit.serving.prompts import baked_start, encode, new_tokens, plain_text, room_for
+from prefixkit.serving.report import read_report
+from prefixkit.serving.runtime import Device, Runtime
+from prefixkit.serving.sampling import GREEDY, Sampling
+from prefixkit.spelling import did_you_mean
+from prefixkit.task import Fields, ModelTokenizer, load_tokenizer
+
+OWN = "own"
+"""The name of the prefix that came with the folder."""
+
+
+class Session:
+    """An exported folder, ready to generate.
+
+        session = Session("served")
+        session.add_prefix("other", "other.safetensors")
+        session.generate(["name : Blue Spice", "name : The Eagle"], prefix=["own", "other"])
+
+    Attributes:
+        device: `cuda` or `cpu`, as onnxruntime chose.
+        prefixes: those that prompts may name, by name.
+    """
+
+    def __init__(self, folder: str | Path, *, device: Device = "auto", threads: int | None = None) -> None:
+        """Load the graph in `folder` and the prefix beside it.
+
+        Args:
+            device: `auto` takes the GPU if onnxruntime can use it.
+            threads: of the CPU, for one operator; None leaves it to onnxruntime.
+
+        Raises:
+            InputError: no exported folder, a damaged one, or a device that cannot be had.
+        """
+        self.report = read_report(folder)
+        self.runtime = Runtime(self.report, device=device, threads=threads)
+        self.device = self.runtime.device
+        self.prefixes: dict[str, ServedPrefix] = {}
+        if self.report.prefix_file is not None:
+            self.add_prefix(OWN, self.report.folder / self.report.prefix_file)
+
+    @cached_property
+    def tokenizer(self) -> ModelTokenizer:
+        """The tokenizer in the folder."""
+        return load_tokenizer(self.report.folder)
+
+    def add_prefix(self, name: str, prefix: str | Path | Prefix, *, allow_mismatch: bool = False) -> None:
+        """Make `prefix` available under `name`, without touching the model.
+
+        Raises:
+            MismatchError: it was made for another backbone; `allow_mismatch` takes other weights of equal shapes.
+            InputError: a damaged file, or a folder whose one prefix is inside its graph.
+        """
+        if self.report.baked:
+            step = "export without --baked"
+            raise ConfigError(
+                str(self.report.folder), expected="a graph that takes prefixes", found="a baked one", next_step=step
+            )
+        loaded = prefix if isinstance(prefix, Prefix) else load(prefix)
+        own = self.report.prefix is not None and loaded.manifest.content == self.report.prefix.content
+        # The folder's own prefix was checked when it was exported.
+        matches(loaded, self.report.backbone, allow_mismatch=allow_mismatch or own)
+        self.prefixes[name] = served(loaded, self.runtime.dtype)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Fields],
+        prefix: str | Sequence[str | None] | None = OWN,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
+        on_piece: Callable[[Piece], None] = lambda piece: None,
+    ) -> list[Completion]:
+        """What the model writes for each prompt, all in one batch; see `stream`."""
+        rows: dict[int, Completion] = {}
+        for piece in self.stream(prompts, prefix, max_new_tokens=max_new_tokens, sampling=sampling):
+            on_piece(piece)
+            if piece.completion is not None:
+                rows[piece.row] = piece.completion
+        return [rows[row] for row in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Fields],
+        prefix: str | Sequence[str | None] | None = OWN,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[Piece]:
+        """The text of every row as it is written, in pieces of whole characters.
+
+        Args:
+            prompts: an input of the prefix's task each: its text, or its fields by name.
+            prefix: the name of the prefix for all prompts or of one for each; None is the bare model. The folder's own
+                is the default, which is the bare model where it has none.
+            max_new_tokens: tokens to write, at most; None is 128, or fewer where the context ends.
+            sampling: how tokens are chosen.
+
+        Raises:
+            InputError: an unknown prefix, a prompt that does not fit the task or leaves no room in the context.
+        """
+        names = self._names(prefix, len(prompts))
+        rows = [
+            self._prompt(given, name, f"prompt {row}", max_new_tokens)
+            for row, (given, name) in enumerate(zip(prompts, names, strict=True), start=1)
+        ]
+        return write(self.runtime, self.tokenizer, rows, sampling)
+
+    def _prompt(self, given: str | Fields, name: str | None, where: str, max_new_tokens: int | None) -> Prompt:
+        prefix = self.prefixes[name] if name is not None else None
+        ids, stop = encode(self._task(prefix), self.tokenizer, given, where)
+        start = prefix.text_start if prefix is not None else baked_start(self.report)
+        room = room_for(self.report.backbone.context_length, start, len(ids), where)
+        return Prompt(ids=ids, prefix=prefix, stop=stop, max_new_tokens=new_tokens(max_new_tokens, room, where))
+
+    def _task(self, prefix: ServedPrefix | None) -> TaskRecord:
+        """The prefix's own usage contract, else that of the folder's prefix, else plain text."""
+        exported = self.report.prefix.task if self.report.prefix is not None else None
+        return (prefix.task if prefix is not None else None) or exported or plain_text(self.tokenizer)
+
+    def _names(self, prefix: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [prefix] * count if prefix is None or isinstance(prefix, str) else list(prefix)
+        if len(names) != count:
+            raise ConfigError("prefix", expected=f"one, or one for each of {count} prompts", found=f"{len(names)}")
+        return [self._known(name) for name in names]
+
+    def _known(self, name: str | None) -> str | None:
+        if self.report.baked:
+            if name != OWN:
+                found = "a graph with its prefix inside"
+                raise ConfigError(
+                    "prefix", expected="a graph that takes prefixes", found=found, next_step="export without --baked"
+                )
+            return None
+        if name is None or name in self.prefixes:
+            return name
+        if name == OWN:
+            return None
+        raise ConfigError(
+            "prefix", expected="the name of one", found=repr(name), next_step=did_you_mean(name, list(self.prefixes))
+        )
