@@ -144,7 +144,12 @@ class Manifest:
 
 def document(manifest: Manifest) -> dict[str, Any]:
     """The JSON document of `manifest`: what is None is left out, tuples become lists."""
-    stored = _without_none(asdict(manifest))
+    return document_of(manifest)
+
+
+def document_of(record: Manifest | BackboneIdentity) -> dict[str, Any]:
+    """The JSON object of one record."""
+    stored = _without_none(asdict(record))
     assert isinstance(stored, dict)
     return stored
 

@@ -1,0 +1,80 @@
+"""`prefixkit export`: a prefix in the form that another runtime loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefixkit.export.onnx import Exported
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("export", no_args_is_help=True)(export)
+
+
+def export(
+    prefix: Annotated[
+        Path | None, typer.Argument(help="The prefix file. Without one, --onnx exports the bare model.")
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="A folder for onnxruntime: the model's graph and the prefix.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
+    target: Annotated[str, typer.Option(help="portable: operators that every ONNX runtime knows.")] = "portable",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    baked: Annotated[bool, typer.Option("--baked", help="Put the prefix into the graph, for any runtime.")] = False,
+    weights: Annotated[
+        str,
+        typer.Option(help="external: model.onnx.data; checkpoint: the model's own safetensors; inline: model.onnx."),
+    ] = "external",
+    allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take a prefix for other weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
+    if not onnx:
+        raise ConfigError("export", expected="a form to export to", found="none", next_step="add --onnx")
+    if output is None or backbone is None:
+        missing = "--output" if output is None else "--backbone"
+        raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
+    if target != "portable":
+        raise ConfigError("--target", expected="portable", found=repr(target))
+    options = {"dtype": dtype, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
+    _show(_onnx(prefix, backbone, output, options), as_json)
+
+
+def _onnx(prefix: Path | None, backbone: str, output: Path, options: dict[str, Any]) -> Exported:
+    from prefixkit.cli.training_display import quiet_transformers
+    from prefixkit.export.onnx import export_onnx
+
+    quiet_transformers()
+    return export_onnx(prefix, backbone, output, **options, progress=lambda stage: typer.echo(f"{stage} …", err=True))
+
+
+def _show(exported: Exported, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_document(exported), sort_keys=True))
+        return
+    for case in exported.cases:
+        effect = "" if case.effect is None else f", effect of the prefix {case.effect:.3g}"
+        typer.echo(f"{case.name}: max |d| {case.max_abs_difference:.1e} (at most {case.tolerance:.1e}){effect}")
+    typer.echo(f"wrote {exported.folder} ({exported.bytes:,} bytes in {sum(exported.seconds.values()):.0f} s)")
+    typer.echo(f'next: prefixkit generate {exported.folder} --prompt "…"')
+
+
+def _document(exported: Exported) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "output": str(exported.folder),
+        "bytes": exported.bytes,
+        "max_abs_difference": exported.max_abs_difference,
+        "parity": [{**vars(case), "rows": list(case.rows)} for case in exported.cases],
+        "seconds": dict(exported.seconds),
+    }
