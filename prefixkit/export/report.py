@@ -12,7 +12,7 @@ from prefixkit.backbones.decoder import Decoder
 from prefixkit.export.parity import CaseResult
 from prefixkit.export.tracing import OPSET
 from prefixkit.export.wrapper import takes_positions
-from prefixkit.format.manifest import document, document_of
+from prefixkit.format.manifest import document
 from prefixkit.prefix import Prefix
 from prefixkit.serving.report import INPUTS, OUTPUTS, VERSION
 
@@ -29,7 +29,7 @@ def report_document(
         "version": VERSION,
         "prefixkit": __version__,
         "target": "portable",
-        "backbone": document_of(decoder.identity),
+        "backbone": document(decoder.identity),
         "graph": _graph(decoder, dtype, weights),
         "model": _model(decoder),
         "prefix": None if prefix is None else _prefix(prefix, baked),

@@ -142,13 +142,8 @@ class Manifest:
     schema: int = SCHEMA_VERSION
 
 
-def document(manifest: Manifest) -> dict[str, Any]:
-    """The JSON document of `manifest`: what is None is left out, tuples become lists."""
-    return document_of(manifest)
-
-
-def document_of(record: Manifest | BackboneIdentity) -> dict[str, Any]:
-    """The JSON object of one record."""
+def document(record: Manifest | BackboneIdentity) -> dict[str, Any]:
+    """The JSON document of `record`: what is None is left out, tuples become lists."""
     stored = _without_none(asdict(record))
     assert isinstance(stored, dict)
     return stored
