@@ -1,27 +1,30 @@
 """A prefix on a `transformers` model, in place: `attach` and `detach`.
 
-After `attach` the same model object has a prefix and nothing else has changed: gradients, padding on either side, gradient
-checkpointing, `generate`, `Trainer` and accelerate work as before.
+After `attach` the same model object has a prefix and nothing else has changed: gradients, padding on either side,
+gradient checkpointing, `generate`, `Trainer` and accelerate work as before.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from prefixkit.backbones.attention import AttentionRoute, uses_registry
+from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uses_registry
 from prefixkit.backbones.geometry import measure, refuse_swallowed
-from prefixkit.backbones.identity import identify, origin
+from prefixkit.backbones.identity import context_length, identify, origin
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import KeyValuePrefix, key_value_prefix
 from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
+_ATTACHMENT = "_prefixkit_attachment"
 
 
 class MakesPrefix(Protocol):
@@ -31,7 +34,7 @@ class MakesPrefix(Protocol):
 
 
 class FixedPrefix(nn.Module):
-    """A prefix that is not trained, as a method."""
+    """A prefix that is not trained, as a method. It moves with its model, and has no place in a state dict."""
 
     def __init__(self, prefix: KeyValuePrefix) -> None:
         super().__init__()
@@ -41,39 +44,63 @@ class FixedPrefix(nn.Module):
         """The prefix."""
         return self.prefix
 
+    def _apply(self, move: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPrefix:
+        keys, values = tuple(map(move, self.prefix.keys)), tuple(map(move, self.prefix.values))
+        self.prefix = replace(self.prefix, keys=keys, values=values)
+        return self
+
 
 class Attachment:
-    """One model and what it receives. Hooks on the base model place the prefix and shift the text's positions."""
+    """One model and what it receives. A hook on its decoder places the prefix and shifts the text's positions.
+
+    Raises:
+        BackboneError: the model has an attachment already, or its attention cannot be given a prefix.
+    """
 
     def __init__(self, model: PreTrainedModel, method: MakesPrefix | None = None) -> None:
+        _refuse_unready(model)
         self.model, self.method = model, method
-        self.route = AttentionRoute(model) if uses_registry(model) else None
-        if self.route is not None:
-            self.route.install()
+        self.previous = install(model) if uses_registry(model) else None
+        self.frozen: list[nn.Parameter] = []
         # The decoder itself, not `base_model`: some models (OPT) call it directly.
-        self._hook = model.get_decoder().register_forward_pre_hook(self._before, with_kwargs=True)
+        decoder = model.get_decoder()
+        self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.previous is None:
+            self._hooks.append(decoder.register_forward_hook(_forget_cache, with_kwargs=True))
+        model.__dict__[_ATTACHMENT] = self
+
+    def freeze(self) -> None:
+        """Stop gradients into the backbone's parameters."""
+        self.frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad = False
 
     def remove(self) -> None:
-        """Take the hooks off; the model is as it was."""
-        self._hook.remove()
-        if self.route is not None:
-            self.route.remove()
+        """Take the hook off and thaw what was frozen; the model is as it was."""
+        del self.model.__dict__[_ATTACHMENT]
+        for hook in self._hooks:
+            hook.remove()
+        if self.previous is not None:
+            self.model.set_attn_implementation(self.previous)
+        for parameter in self.frozen:
+            parameter.requires_grad = True
 
     def _before(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = inspect.signature(module.forward).parameters
+        keywords = {**dict(zip(names, arguments, strict=False)), **keywords}
         prefix = self.method() if self.method is not None else None
-        tokens = arguments[0] if arguments else keywords.get("input_ids")
+        tokens = keywords.get("input_ids")
         tokens = keywords["inputs_embeds"] if tokens is None else tokens
-        if self.route is None:
+        if self.previous is None:
             if prefix is not None and prefix.length:
                 _through_cache(self.model, prefix, tokens, keywords)
-            return arguments, keywords
-        self.route.injected.keys = prefix.keys if prefix is not None else ()
-        self.route.injected.values = prefix.values if prefix is not None else ()
-        start = prefix.positions.text_start if prefix is not None else 0
-        index = _query_index(tokens, keywords)
-        self.route.injected.query_index = index.clamp(min=0)
-        keywords["position_ids"] = index.clamp(min=0) + start
-        return arguments, keywords
+            return (), keywords
+        _refuse_reentrant(self.model)
+        index = _query_index(tokens, keywords).clamp(min=0)
+        keywords["position_ids"] = index + (prefix.positions.text_start if prefix is not None else 0)
+        keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
+        keywords[KEYWORD] = Injected(keys=keys, values=values, query_index=index)
+        return (), keywords
 
 
 def _query_index(tokens: Tensor, keywords: dict[str, Any]) -> Tensor:
@@ -92,21 +119,14 @@ def _query_index(tokens: Tensor, keywords: dict[str, Any]) -> Tensor:
 
 def _through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tensor, keywords: dict[str, Any]) -> None:
     """For models outside the attention registry: the prefix is the beginning of the cache, and the mask covers it."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
-        raise BackboneError(
-            model.config.model_type,
-            expected="a model in the attention registry of transformers under gradient checkpointing",
-            found="one that takes a prefix only through its cache, which checkpointing drops",
-            next_step="call gradient_checkpointing_disable()",
-        )
+    cache, mask = keywords.get("past_key_values"), keywords.get("attention_mask")
+    _refuse_for_cache(model, cache, mask)
     batch, seq = tokens.shape[:2]
-    cache = keywords.get("past_key_values")
     cache = DynamicCache() if cache is None else cache
     past = cache.get_seq_length()
     if past == 0:
-        _fill(cache, prefix, batch, _float_dtype(model))
+        _fill(cache, prefix, tokens, model.dtype)
         past = prefix.length
-    mask = keywords.get("attention_mask")
     if mask is None:
         mask = torch.ones(batch, past - prefix.length + seq, dtype=torch.long, device=tokens.device)
     ones = torch.ones(batch, prefix.length, dtype=mask.dtype, device=mask.device)
@@ -116,17 +136,40 @@ def _through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tenso
     keywords.update(past_key_values=cache, attention_mask=torch.cat([ones, mask], dim=-1))
 
 
+def _refuse_for_cache(model: PreTrainedModel, cache: Any, mask: Any) -> None:
+    """Refuse what a prefix in the cache cannot serve."""
+    found = ""
+    if model.training and model.is_gradient_checkpointing:
+        found = "gradient checkpointing, which drops the cache"
+    elif isinstance(cache, StaticCache):
+        found = "a static cache, which has no room for it"
+    elif isinstance(mask, Tensor) and mask.ndim != 2:
+        found = f"an attention mask of {mask.ndim} dimensions"
+    if found:
+        raise BackboneError(
+            model.config.model_type,
+            expected="a dynamic cache and a mask [batch, seq] (its architecture takes a prefix only through the cache)",
+            found=found,
+            next_step="do without it, or use an architecture of the attention registry, such as Llama or GPT-2",
+        )
+
+
+def _forget_cache(module: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+    """Without caching nobody asked for the cache that carried the prefix; `generate` would go on with it."""
+    wanted = keywords.get("use_cache")
+    wanted = module.config.use_cache if wanted is None else wanted  # type: ignore[union-attr]
+    if not wanted and "past_key_values" in output:
+        output.past_key_values = None
+
+
 def _takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
 
 
-def _float_dtype(model: PreTrainedModel) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.base_model.parameters() if parameter.is_floating_point())
-
-
-def _fill(cache: Any, prefix: KeyValuePrefix, batch: int, dtype: torch.dtype) -> None:
-    for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        cache.update(key.to(dtype).expand(batch, -1, -1, -1), value.to(dtype).expand(batch, -1, -1, -1), layer)
+def _fill(cache: DynamicCache, prefix: KeyValuePrefix, tokens: Tensor, dtype: torch.dtype) -> None:
+    for layer, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        key, value = (part.to(tokens.device, dtype).expand(tokens.shape[0], -1, -1, -1) for part in pair)
+        cache.update(key, value, layer)
 
 
 def attach(
@@ -138,25 +181,29 @@ def attach(
 ) -> PreTrainedModel:
     """Give `model` a fixed prefix, or the trainable one that a method makes, in place.
 
-    The method becomes the submodule `model.prefixkit`, so optimizers, `Trainer` and `state_dict` see its parameters.
-    A loaded file is checked against the backbone that the model was loaded from; a model that came from no folder can only
-    be checked by its geometry.
+    The method becomes the submodule `model.prefixkit`, so optimizers, `Trainer` and `state_dict` see its parameters,
+    and `save_pretrained` writes them beside the backbone's; `snapshot` makes a prefix file of them. A loaded file is
+    checked against the backbone that the model was loaded from; a model from no folder by its geometry only.
+
+    The caller goes on as without a prefix: position ids, masks and caches count the text alone. Attention dropout acts
+    on prefix slots too. Begin caches after `attach`. Falcon and Bloom take a prefix through their cache, so they
+    refuse static caches and gradient checkpointing; every architecture refuses reentrant checkpointing.
 
     Args:
-        model: a decoder of `transformers`.
+        model: a decoder of `transformers`, with any head on it, computing attention with sdpa or eager.
         prefix: a loaded file, a `KeyValuePrefix`, or a method such as `methods.prefix_tuning.PrefixTuning`.
-        freeze: stop gradients into the backbone's parameters (`detach` restores what they were).
+        freeze: stop gradients into the backbone's parameters, heads included (`detach` lets flow what flowed before).
         allow_mismatch: take a file that was made for other weights, as long as the shapes fit.
 
     Returns:
         The same model.
 
     Raises:
-        BackboneError: the model has a prefix already, or a sliding window would swallow this one.
+        BackboneError: the model has a prefix already, or cannot take this one: its attention implementation, a sliding
+            window that would swallow the prefix, no positions left for text.
         MismatchError: the prefix has other layers or shapes than the model, or was made for another backbone.
     """
-    if hasattr(model, _NAME):
-        raise BackboneError(model.config.model_type, found="a prefix that is attached already", next_step="detach it first")
+    _refuse_unready(model)
     if isinstance(prefix, Prefix):
         if not allow_mismatch:
             check_origin(prefix, model)
@@ -164,12 +211,11 @@ def attach(
     method = FixedPrefix(prefix) if isinstance(prefix, KeyValuePrefix) else prefix
     with torch.no_grad():
         check_fits(model, method())
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attachment = Attachment(model, method)
     if freeze:
-        model.requires_grad_(False)
-    attachment = Attachment(model, method)  # type: ignore[arg-type]
-    model.add_module(_NAME, method)
-    model.__dict__["_prefixkit_undo"] = _undo(model, attachment, required)
+        attachment.freeze()
+    # Weights that accelerate keeps elsewhere are on "meta", which holds no numbers.
+    model.add_module(_NAME, method if model.device.type == "meta" else method.to(model.device))
     return model
 
 
@@ -181,18 +227,35 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not hasattr(model, _NAME):
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
-    model.__dict__.pop("_prefixkit_undo")()
+    delattr(model, _NAME)
+    model.__dict__[_ATTACHMENT].remove()
     return model
 
 
-def _undo(model: PreTrainedModel, attachment: Attachment, required: dict[str, bool]) -> Callable[[], None]:
-    def undo() -> None:
-        delattr(model, _NAME)
-        attachment.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
+def _refuse_unready(model: PreTrainedModel) -> None:
+    where = model.config.model_type
+    if hasattr(model, _NAME):
+        raise BackboneError(where, found="a prefix that is attached already", next_step="call detach(model) first")
+    if _ATTACHMENT in model.__dict__:
+        step = "call release() on that backbone first"
+        raise BackboneError(where, found="a model that a loaded backbone is using", next_step=step)
+    if uses_registry(model):
+        implementation(model)
 
-    return undo
+
+def _refuse_reentrant(model: PreTrainedModel) -> None:
+    """Refuse checkpointing with a backward pass for each layer: the graph of a method can be run through only once."""
+    if not (model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing):
+        return
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant", True):
+            raise BackboneError(
+                model.config.model_type,
+                expected="gradient checkpointing with use_reentrant=False under a prefix",
+                found="use_reentrant=True",
+                next_step="leave it out where checkpointing is enabled: False is the default of transformers",
+            )
 
 
 def check_origin(prefix: Prefix, model: PreTrainedModel) -> None:
@@ -212,7 +275,7 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
 
     Raises:
         MismatchError: another number of layers, or other key and value shapes.
-        BackboneError: a sliding window would swallow the prefix.
+        BackboneError: a sliding window would swallow the prefix, or no position is left for text.
     """
     where = model.config.model_type
     geometry = measure(model, where)
@@ -220,11 +283,19 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
     found = [
         (key.shape[0], key.shape[2], value.shape[2]) for key, value in zip(prefix.keys, prefix.values, strict=True)
     ]
-    if expected != found:
-        raise MismatchError(
-            where,
-            expected=f"{len(expected)} layers of (kv_heads, key_dim, value_dim) {expected[0]}",
-            found=f"{len(found)} layers of {found[0]}",
-            next_step="use the backbone that the prefix was trained on",
-        )
+    step = "use the backbone that the prefix was trained on"
+    if len(expected) != len(found):
+        raise MismatchError(where, expected=f"{len(expected)} layers", found=f"{len(found)}", next_step=step)
+    for index, shapes in enumerate(zip(expected, found, strict=True)):
+        if shapes[0] != shapes[1]:
+            named = f"layer {index} with (kv_heads, key_dim, value_dim) {shapes[0]}"
+            raise MismatchError(where, expected=named, found=f"{shapes[1]}", next_step=step)
     refuse_swallowed(geometry, prefix.length, where)
+    room, start = context_length(model.config), prefix.positions.text_start
+    if room is not None and start >= room:
+        raise BackboneError(
+            where,
+            expected=f"a prefix that leaves room in the model's {room} positions",
+            found=f"text that starts at {start}",
+            next_step="use a shorter prefix",
+        )

@@ -4,6 +4,9 @@
 that the model used before, so padding, caching, generation and gradient checkpointing stay what they were: the cache
 holds the text only, and the prefix is there whenever attention runs.
 
+What is injected travels down as a keyword argument of one forward pass. No state is kept on the model: passes cannot
+disturb each other, even when gradient checkpointing runs a layer again after a later pass.
+
 The text's mask is the model's own. The prefix's columns of the mask are ours: a sliding window counts real tokens from
 the prefix, whatever padding the cache holds in between.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,105 +25,78 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prefixkit.backbones.geometry import evaluating, one_token
 from prefixkit.errors import BackboneError
 
-_SLOT = "prefixkit_slot"
+KEYWORD = "prefixkit_injected"
+"""The keyword argument of a decoder's forward pass that holds an `Injected`."""
 _NAME = "prefixkit_{}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Injected:
-    """What the attention layers of one model see at the moment.
+    """What the attention layers receive in one forward pass.
 
     Attributes:
         keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
         query_index: [batch, seq], how many real tokens of its row precede each query.
+        reached: where the layers that were handed this leave their index.
     """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     query_index: Tensor | None = None
+    reached: set[int] | None = None
 
 
-@dataclass(frozen=True)
-class _Slot:
-    injected: Injected
-    layer: int
+def implementation(model: PreTrainedModel) -> str:
+    """The name of the attention implementation of `model`.
+
+    Raises:
+        BackboneError: one that cannot be given a prefix.
+    """
+    where, name = model.config.model_type, str(model.config._attn_implementation)
+    if name.startswith(_NAME.format("")):
+        found = "a configuration that it shares with a model that has a prefix"
+        raise BackboneError(where, expected="a configuration of its own", found=found, next_step="copy.deepcopy it")
+    if name not in _ATTENTION:
+        expected = "attention implementation sdpa or eager under a prefix"
+        step = "load the model with attn_implementation='sdpa'"
+        raise BackboneError(where, expected=expected, found=name, next_step=step)
+    return name
 
 
-@dataclass
-class AttentionRoute:
-    """The hook on one model; `remove` gives the model back as it was."""
+def install(model: PreTrainedModel) -> str:
+    """Route the attention of `model` through ours and return the name of the implementation that it had.
 
-    model: PreTrainedModel
-    injected: Injected = field(default_factory=Injected)
-    previous: str = ""
-
-    def install(self) -> None:
-        """Point every attention layer at `injected`."""
-        layers = attention_layers(self.model)
-        self.previous = self.model.config._attn_implementation
-        _register(self.previous, layers[0])
-        for index, layer in enumerate(layers):
-            setattr(layer, _SLOT, _Slot(self.injected, index))
-        self.model.set_attn_implementation(_NAME.format(self.previous))
-
-    def remove(self) -> None:
-        """Restore the attention implementation that the model had."""
-        for layer in attention_layers(self.model):
-            delattr(layer, _SLOT)
-        self.model.set_attn_implementation(self.previous)
+    Raises:
+        BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected.
+    """
+    previous, layers = implementation(model), model.config.num_hidden_layers
+    model.set_attn_implementation(_NAME.format(previous))
+    reached = _reached_layers(model)
+    if reached != set(range(layers)):
+        model.set_attn_implementation(previous)
+        expected = f"a prefix to reach the attention of all {layers} layers"
+        raise BackboneError(model.config.model_type, expected=expected, found=f"{len(reached)}")
+    return previous
 
 
 def uses_registry(model: PreTrainedModel) -> bool:
     """Whether the model's attention goes through the registry of `transformers`; Falcon's and Bloom's does not."""
-    return hasattr(sys.modules[type(attention_layers(model)[0]).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return hasattr(sys.modules[type(model.get_decoder()).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention modules in layer order.
-
-    Raises:
-        BackboneError: they cannot be told apart one to a layer.
-    """
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower()
-    ]
-    found.sort(key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
-    if [module.layer_idx for module in found] != list(range(model.config.num_hidden_layers)):
-        kinds = sorted({type(module).__name__ for module in found})
-        raise BackboneError(
-            model.config.model_type,
-            expected=f"one attention module for each of its {model.config.num_hidden_layers} layers",
-            found=f"{len(found)} ({', '.join(kinds)})",
-        )
-    return found
-
-
-def _register(previous: str, layer: nn.Module) -> None:
-    if previous == "eager":
-        # Each modelling file has its own eager function (softcap, scaling); it is looked up when attention runs.
-        AttentionInterface.register(_NAME.format(previous), _prefixed(_own_eager))
-    else:
-        AttentionInterface.register(_NAME.format(previous), _prefixed(_known(previous, layer)))
-    AttentionMaskInterface.register(_NAME.format(previous), ALL_MASK_ATTENTION_FUNCTIONS[previous])
-
-
-def _known(previous: str, layer: nn.Module) -> Callable[..., Any]:
-    if previous not in ("sdpa",):
-        raise BackboneError(
-            type(layer).__name__,
-            expected="attention implementation sdpa or eager under a prefix",
-            found=previous,
-            next_step="load the model with attn_implementation='sdpa'",
-        )
-    known: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[previous]
-    return known
+@torch.no_grad()
+def _reached_layers(model: PreTrainedModel) -> set[int]:
+    reached: set[int] = set()
+    with evaluating(model):
+        model.get_decoder()(input_ids=one_token(model), use_cache=False, **{KEYWORD: Injected(reached=reached)})
+    return reached
 
 
 def _own_eager(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    # Each modelling file has its own eager function (softcap, scaling).
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **keywords)
 
 
@@ -128,16 +104,26 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> Any:
-        slot: _Slot | None = getattr(module, _SLOT, None)
-        if slot is None or not slot.injected.keys or slot.injected.keys[slot.layer].shape[-2] == 0:
+        injected: Injected = keywords.pop(KEYWORD, Injected())
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        if injected.reached is not None:
+            injected.reached.add(layer)
+        if not injected.keys or injected.keys[layer].shape[-2] == 0:
             return attention(module, query, key, value, attention_mask, **keywords)
-        window = keywords.get("sliding_window")
-        mask = _with_prefix_columns(attention_mask, query, key, slot, window)
-        key = torch.cat([_rows(slot.injected.keys[slot.layer], key), key], dim=2)
-        value = torch.cat([_rows(slot.injected.values[slot.layer], value), value], dim=2)
+        mask = _with_prefix_columns(attention_mask, query, key, injected, layer, keywords.get("sliding_window"))
+        key = torch.cat([_rows(injected.keys[layer], key), key], dim=2)
+        value = torch.cat([_rows(injected.values[layer], value), value], dim=2)
         return attention(module, query, key, value, mask, **keywords)
 
     return forward
+
+
+_ATTENTION = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": _own_eager}
+# At import, not at `install`: a model that was pickled with a prefix finds its attention when it is read back.
+for _previous, _attention in _ATTENTION.items():
+    AttentionInterface.register(_NAME.format(_previous), _prefixed(_attention))
+    AttentionMaskInterface.register(_NAME.format(_previous), ALL_MASK_ATTENTION_FUNCTIONS[_previous])
 
 
 def _rows(prefix: Tensor, like: Tensor) -> Tensor:
@@ -146,16 +132,16 @@ def _rows(prefix: Tensor, like: Tensor) -> Tensor:
 
 
 def _with_prefix_columns(
-    mask: Tensor | None, query: Tensor, key: Tensor, slot: _Slot, window: int | None
+    mask: Tensor | None, query: Tensor, key: Tensor, injected: Injected, layer: int, window: int | None
 ) -> Tensor | None:
-    length = slot.injected.keys[slot.layer].shape[-2]
+    length = injected.keys[layer].shape[-2]
     if mask is None:
         if query.shape[2] == 1 and window is None:
             return None
         mask = _causal(query, key)
     if window is None:
         return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    visible = _in_window(slot.injected.query_index, length, window)
+    visible = _in_window(injected.query_index, length, window)
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], visible.shape[0])
@@ -163,12 +149,12 @@ def _with_prefix_columns(
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    rows, columns = query.shape[2], key.shape[2]
-    return torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    """What attention does without a mask. A static cache is longer than the text, and the text begins at its start."""
+    return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
 
 
 def _in_window(query_index: Tensor | None, length: int, window: int) -> Tensor:
-    """[batch, 1, seq, prefix]: which slots lie within the window of each query; slot j stands at j, token i at length + i."""
+    """[batch, 1, seq, prefix]: the slots within each query's window; slot j stands at j, token i at length + i."""
     assert query_index is not None
     slots = torch.arange(length, device=query_index.device)
     distance = length + query_index[:, None, :, None] - slots

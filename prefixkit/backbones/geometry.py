@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from prefixkit.errors import BackboneError
@@ -67,14 +70,33 @@ def measure(model: PreTrainedModel, where: str) -> tuple[LayerGeometry, ...]:
         BackboneError: a layer keeps something else than one key and one value per token.
     """
     cache: Any = DynamicCache()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    with evaluating(model):
+        model(input_ids=one_token(model), past_key_values=cache, use_cache=True)
     layers = getattr(cache, "layers", [])
     config = model.config
     if len(layers) != config.num_hidden_layers:
         found = f"{len(layers)} layers of keys and values for {config.num_hidden_layers} layers (shared between layers)"
         raise _refusal(config, where, "keys and values in every layer", found)
     return tuple(_layer(layer, window, where) for layer, window in zip(layers, windows(config), strict=True))
+
+
+def one_token(model: PreTrainedModel) -> Tensor:
+    """[1, 1]: the shortest input."""
+    # Weights that accelerate keeps elsewhere look as if they were on "meta"; it moves inputs itself.
+    device = "cpu" if model.device.type == "meta" else model.device
+    return torch.zeros(1, 1, dtype=torch.long, device=device)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in eval mode for the length of a `with` block: no dropout, no random numbers, no checkpointing."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _layer(layer: Any, window: int | None, where: str) -> LayerGeometry:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import torch
 from blake3 import blake3
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefixkit.format.digest import backbone_digest, config_hash, tokenizer_hash
+from prefixkit.format.digest import backbone_digest, config_hash, tokenizer_hash, weight_files
+from prefixkit.format.header import read_header
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def identify(
@@ -24,13 +29,23 @@ def identify(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=context_length(config),
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=_stored_dtype(folder),
         config_hash=config_hash(folder),
         weights_hash=backbone_digest(folder),
         tokenizer_hash=tokenizer_hash(folder),
         stacks={"decoder": geometry},
         rope=_rope(config),
     )
+
+
+def _stored_dtype(folder: Path) -> str:
+    """The dtype of most weights in `folder`; config.json may name another, or none."""
+    sizes: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for entry in read_header(file).tensors.values():
+            sizes[entry.dtype] += prod(entry.shape)
+    most = sizes.most_common(1)[0][0]
+    return _DTYPES.get(most, most.lower())
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

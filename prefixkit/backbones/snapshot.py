@@ -1,0 +1,56 @@
+"""What a model has attached, as the content of a prefix file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from prefixkit import __version__
+from prefixkit.backbones.geometry import measure
+from prefixkit.backbones.identity import identify, origin
+from prefixkit.errors import BackboneError
+from prefixkit.format.manifest import BackboneIdentity, Manifest, Provenance, TaskRecord
+from prefixkit.prefix import Prefix
+
+
+@torch.no_grad()
+def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: TaskRecord | None = None) -> Prefix:
+    """The prefix that `model.prefixkit` makes at the moment, for its backbone; `prefixkit.save` writes it.
+
+    Args:
+        model: a model that `attach` gave a prefix; its backbone must be what its folder holds, so it stayed frozen.
+        method: what trained it, for the provenance.
+        task: what it was trained to read and write; without it `generate` and `eval` do not know how to prompt.
+
+    Raises:
+        BackboneError: nothing is attached, or the model was not loaded from a folder or the hub, so that the file could
+            not say which weights it needs.
+    """
+    attached = getattr(model, "prefixkit", None)
+    if attached is None:
+        raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
+    injection = attached()
+    manifest = Manifest(
+        backbone=_identity(model),
+        injections=(injection.record(),),
+        provenance=Provenance(method=method, prefixkit=__version__),
+        task=task,
+    )
+    return Prefix(manifest, injection.arrays())
+
+
+def _identity(model: PreTrainedModel) -> BackboneIdentity:
+    config = model.config
+    folder = origin(config)
+    if folder is None:
+        raise BackboneError(
+            config.model_type,
+            expected="a model loaded from a folder or the hub",
+            found="one built in memory",
+            next_step="save it with save_pretrained and load it from there",
+        )
+    source = config._name_or_path
+    name = folder.name if Path(source).is_dir() else source
+    return identify(folder, name, getattr(config, "_commit_hash", None), config, measure(model, config.model_type))
