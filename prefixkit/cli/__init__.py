@@ -18,7 +18,7 @@ from prefixkit import __version__
 from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
-COMMANDS = ("train", "inspect", "export", "generate", "eval", "methods")
+COMMANDS = ("quickstart", "train", "inspect", "export", "generate", "eval", "methods")
 """Modules of this package, each with `register(app)`, in the order of the help."""
 
 _ISSUES = "https://github.com/prefixkit/prefixkit/issues"
