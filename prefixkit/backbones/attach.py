@@ -139,7 +139,7 @@ def _through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tenso
 def _refuse_for_cache(model: PreTrainedModel, cache: Any, mask: Any) -> None:
     """Refuse what a prefix in the cache cannot serve."""
     found = ""
-    if model.training and model.is_gradient_checkpointing:
+    if _checkpoints(model):
         found = "gradient checkpointing, which drops the cache"
     elif isinstance(cache, StaticCache):
         found = "a static cache, which has no room for it"
@@ -243,9 +243,14 @@ def _refuse_unready(model: PreTrainedModel) -> None:
         implementation(model)
 
 
+def _checkpoints(model: PreTrainedModel) -> bool:
+    # By its modules: the model's own property has another name in every other version of transformers.
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _refuse_reentrant(model: PreTrainedModel) -> None:
     """Refuse checkpointing with a backward pass for each layer: the graph of a method can be run through only once."""
-    if not (model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing):
+    if not (torch.is_grad_enabled() and _checkpoints(model)):
         return
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)

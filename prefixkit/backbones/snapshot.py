@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from prefixkit import __version__
-from prefixkit.backbones.geometry import measure
+from prefixkit.backbones.geometry import windows
 from prefixkit.backbones.identity import identify, origin
 from prefixkit.errors import BackboneError
-from prefixkit.format.manifest import BackboneIdentity, Manifest, Provenance, TaskRecord
+from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Manifest, Provenance, TaskRecord
+from prefixkit.injections import KeyValuePrefix
 from prefixkit.prefix import Prefix
 
 
@@ -33,7 +34,7 @@ def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: Tas
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
     injection = attached()
     manifest = Manifest(
-        backbone=_identity(model),
+        backbone=_identity(model, injection),
         injections=(injection.record(),),
         provenance=Provenance(method=method, prefixkit=__version__),
         task=task,
@@ -41,7 +42,7 @@ def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: Tas
     return Prefix(manifest, injection.arrays())
 
 
-def _identity(model: PreTrainedModel) -> BackboneIdentity:
+def _identity(model: PreTrainedModel, prefix: KeyValuePrefix) -> BackboneIdentity:
     config = model.config
     folder = origin(config)
     if folder is None:
@@ -53,4 +54,13 @@ def _identity(model: PreTrainedModel) -> BackboneIdentity:
         )
     source = config._name_or_path
     name = folder.name if Path(source).is_dir() else source
-    return identify(folder, name, getattr(config, "_commit_hash", None), config, measure(model, config.model_type))
+    return identify(folder, name, getattr(config, "_commit_hash", None), config, _geometry(model, prefix))
+
+
+def _geometry(model: PreTrainedModel, prefix: KeyValuePrefix) -> tuple[LayerGeometry, ...]:
+    # `attach` made sure that the prefix has the shapes of the model.
+    layers = zip(prefix.keys, prefix.values, windows(model.config), strict=True)
+    return tuple(
+        LayerGeometry(kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], window=window)
+        for key, value, window in layers
+    )
