@@ -119,7 +119,7 @@ class Decoder:
         max_new_tokens: int,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """What the model writes after each prompt, greedily or by beam search; a stop token ends a row and is left out."""
+        """What the model writes after each prompt, greedily or by beam search, up to a stop token."""
         width = max(map(len, prompts))
         rows = [[stop[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STEPS = 300
 LR = 0.15
 """Higher than the default: a run this short has no time for a lower one."""
+_FOLDER = Path("prefixkit-quickstart")
 _MAX_NEW_TOKENS = 80
 _SHOWN = 3
 
@@ -54,7 +55,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("prefixkit-quickstart"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = _FOLDER,
     steps: Annotated[int, typer.Option(min=0, help="Training steps.")] = STEPS,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal files.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -140,10 +141,13 @@ def _generate(served: Path) -> _Texts:
     groups = group_references(read_examples(E2E / "test.jsonl"))
     session = Session(served)
     inputs = [str(group.fields["input"]) for group in groups]
-    written = {
-        name: [one.text for one in session.generate(inputs, name, max_new_tokens=_MAX_NEW_TOKENS)] for name in (OWN, None)
-    }
-    return _Texts(inputs, [group.references for group in groups], written[OWN], written[None])
+    with_prefix, bare = (session.generate(inputs, name, max_new_tokens=_MAX_NEW_TOKENS) for name in (OWN, None))
+    return _Texts(
+        inputs,
+        [group.references for group in groups],
+        with_prefix=[one.text for one in with_prefix],
+        bare=[one.text for one in bare],
+    )
 
 
 def _figures(texts: _Texts, exported: Exported, seconds: dict[str, float]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def test_ctrl_c_keeps_the_prefix_and_the_state(
     command = [sys.executable, "-m", "prefixkit", "train", "--backbone", str(backbone_folder("gpt2"))]
     command += ["--data", str(records), "-o", str(output), "--length", "3", "--batch-size", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step "):
