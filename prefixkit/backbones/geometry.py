@@ -8,38 +8,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
 
-SOFT_PROMPT = "a soft prompt (input vectors) is what such a model can take"
 _ATTENTION = {"full_attention", "sliding_attention"}
+_WANTED = "a decoder in which every layer keeps keys and values"
+_SOFT_PROMPT = "a soft prompt (input vectors) is what such a model can take"
+_ANOTHER = "use a decoder such as Llama or GPT-2"
 
 
 def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
     """Refuse, before any weight is read, architectures whose layers keep no plain keys and values.
 
     Raises:
-        BackboneError: latent attention (MLA), hybrids with state-space, linear-attention or convolution layers,
-            state-space models, encoder-decoders and encoders.
+        BackboneError: encoder-decoders, encoders, multimodal models, latent attention (MLA), hybrids with state-space,
+            linear-attention or convolution layers, state-space models.
     """
-    expected = "a decoder in which every layer keeps keys and values"
-    if getattr(config, "kv_lora_rank", None):
-        raise _refusal(config, where, expected, "multi-head latent attention, whose cache is a compressed latent")
-    other = sorted(set(_layer_kinds(config)) - _ATTENTION)
-    if other:
-        raise _refusal(config, where, expected, f"a hybrid with {', '.join(other)} layers")
-    if not getattr(config, "num_attention_heads", None):
-        raise _refusal(config, where, expected, "a model without attention heads (a state-space model)")
+    obstacle = _obstacle(config)
+    if obstacle is not None:
+        reason, step = obstacle
+        raise BackboneError(where, expected=_WANTED, found=f"{config.model_type}: {reason}", next_step=step)
+
+
+def _obstacle(config: PreTrainedConfig) -> tuple[str, str] | None:
+    other = ", ".join(sorted(set(_layer_kinds(config)) - _ATTENTION))
     if getattr(config, "is_encoder_decoder", False):
-        raise _refusal(config, where, expected, "an encoder-decoder", "use a decoder-only backbone with this version")
-
-
-def _refusal(
-    config: PreTrainedConfig, where: str, expected: str, reason: str, then: str = SOFT_PROMPT
-) -> BackboneError:
-    return BackboneError(where, expected=expected, found=f"{config.model_type}: {reason}", next_step=then)
+        return "an encoder-decoder", "use a decoder-only backbone with this version"
+    if config.get_text_config() is not config:
+        return "a multimodal model", "give a folder with its language model alone"
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention, whose cache is a compressed latent", _SOFT_PROMPT
+    if other:
+        return f"{other} layers (a hybrid or state-space model)", _SOFT_PROMPT
+    if not getattr(config, "num_attention_heads", None):
+        return "no attention heads (a recurrent model)", _SOFT_PROMPT
+    # Encoders that can be turned into decoders say that they are none.
+    if getattr(config, "is_decoder", True) is False or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "no causal language model", _ANOTHER
+    return None
 
 
 def _layer_kinds(config: PreTrainedConfig) -> list[str]:
@@ -75,8 +83,10 @@ def measure(model: PreTrainedModel, where: str) -> tuple[LayerGeometry, ...]:
     layers = getattr(cache, "layers", [])
     config = model.config
     if len(layers) != config.num_hidden_layers:
-        found = f"{len(layers)} layers of keys and values for {config.num_hidden_layers} layers (shared between layers)"
-        raise _refusal(config, where, "keys and values in every layer", found)
+        found = (
+            f"{config.model_type}: {len(layers)} of {config.num_hidden_layers} (layers share them, or it has no cache)"
+        )
+        raise BackboneError(where, expected="keys and values in every layer", found=found, next_step=_ANOTHER)
     return tuple(_layer(layer, window, where) for layer, window in zip(layers, windows(config), strict=True))
 
 

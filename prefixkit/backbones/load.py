@@ -6,14 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.geometry import measure, refuse_unsupported
 from prefixkit.backbones.identity import identify
-from prefixkit.errors import BackboneError
+from prefixkit.errors import BackboneError, ConfigError, FormatError
+from prefixkit.format.digest import read_config, weight_files
+from prefixkit.format.header import read_header
 
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_REASONS = {
+    "LocalEntryNotFoundError": "no copy in the cache and no connection",
+    "RepositoryNotFoundError": "no such repository, or a private one",
+    "GatedRepoError": "a repository that asks for a login",
+    "RevisionNotFoundError": "no such revision",
+    "HFValidationError": "no valid id",
+}
 
 
 def load_backbone(
@@ -29,11 +45,14 @@ def load_backbone(
 
     Raises:
         BackboneError: no such folder or id, no weights, or an architecture that cannot take a prefix.
+        ConfigError: another dtype.
     """
+    if dtype not in _DTYPES:
+        raise ConfigError("dtype", expected=", ".join(_DTYPES), found=repr(dtype))
     folder = _folder(source, revision)
     config = _config(folder)
     refuse_unsupported(config, str(source))
-    model = _model(folder, config, getattr(torch, dtype)).to(device)
+    model = _model(folder, config, _DTYPES[dtype]).to(device)
     model.eval().requires_grad_(False)
     geometry = measure(model, str(source))
     name = folder.name if Path(source).is_dir() else str(source)
@@ -42,11 +61,16 @@ def load_backbone(
 
 def _folder(source: str | Path, revision: str | None) -> Path:
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() and source != "":
         return path.resolve()
-    if path.is_file() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+    if path.exists() or path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
         found = "a file" if path.is_file() else "nothing"
-        raise BackboneError(source, expected="a folder with config.json and model.safetensors", found=found)
+        raise BackboneError(
+            source or "backbone",
+            expected="a folder with config.json and model.safetensors",
+            found=found,
+            next_step="check the path",
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -55,37 +79,35 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         raise BackboneError(
             source,
             expected="a folder or a hub id that can be reached",
-            found=f"{type(error).__name__}",
+            found=_HUB_REASONS.get(type(error).__name__, type(error).__name__),
             next_step="check the spelling and the network, or give a local folder",
         ) from error
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        step = "give the folder of a transformers model"
-        raise BackboneError(folder, expected="config.json", found="none", next_step=step)
+    read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise BackboneError(folder / "config.json", expected="a model configuration", found=reason) from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # every configuration class raises its own types
+        step = "check it, or upgrade transformers"
+        raise BackboneError(
+            folder / "config.json", expected="a model configuration", found=_told(error), next_step=step
+        ) from error
 
 
 def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    if not any(folder.glob("*.safetensors")):
-        others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
-        raise BackboneError(
-            folder,
-            expected="weights in model.safetensors",
-            found=others,
-            next_step="save the model again with save_pretrained",
-        )
+    _check_files(folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(config)}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (ValueError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise BackboneError(folder, expected="weights that fit config.json", found=reason) from error
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # quantised weights, damaged configurations: each model class raises its own types
+        raise BackboneError(folder, expected="weights that fit config.json", found=_told(error)) from error
+    if told["mismatched_keys"]:
+        name, stored, needed = sorted(told["mismatched_keys"])[0]
+        expected, found = f"weights that fit config.json, such as {name} {list(needed)}", f"{list(stored)}"
+        raise BackboneError(folder, expected=expected, found=found)
     if told["missing_keys"]:
         names = ", ".join(sorted(told["missing_keys"])[:3])
         raise BackboneError(folder, expected="every weight of the model", found=f"none for {names}")
@@ -93,7 +115,21 @@ def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
     return model
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse missing and damaged weights before a model is built for them."""
+    try:
+        for file in weight_files(folder):
+            read_header(file)
+    except FormatError as error:
+        step = "download the model again"
+        raise BackboneError(error.where, expected=error.expected, found=error.found, next_step=step) from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def _attention(config: PreTrainedConfig) -> str:
     # transformers refuses sdpa where logits are soft-capped or biased inside attention.
     softcap = getattr(config, "attn_logit_softcapping", None)
-    return "eager" if softcap or config.model_type == "bloom" else "sdpa"
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not softcap else "eager"

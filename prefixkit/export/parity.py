@@ -19,7 +19,7 @@ from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.runtime import Runtime
 
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
-"""Difference of logits that is accepted, by dtype; 8 units in the last place of the largest logit come on top."""
+"""Difference of logits that is accepted by dtype, or 5 units in the last place of the largest logit if that is more."""
 _LENGTHS = (24, 3, 1, 9)
 _STEPS = 3
 SEED = 20210101
@@ -113,5 +113,5 @@ def _distance(one: Array, other: Array) -> float:
 
 
 def _tolerance(dtype: str, largest: float) -> float:
-    # Logits of a hundred cannot be equal to a ten-thousandth in any order of summation.
-    return TOLERANCE[dtype] + 8 * float(np.finfo(dtype).eps) * largest
+    # float16 has steps of 0.016 at 16, where the logits of real models lie.
+    return max(TOLERANCE[dtype], 5 * float(np.finfo(dtype).eps) * largest)

@@ -30,15 +30,11 @@ def trace(
     model: PreTrainedModel,
     geometry: Sequence[LayerGeometry],
     baked: KeyValuePrefix | None = None,
-    *,
-    keep_weights: bool = False,
 ) -> ir.Model:
     """The graph of a pristine `transformers` decoder; see `prefixkit.export.wrapper.FlatDecoder`.
 
-    Args:
-        baked: a prefix that becomes part of the graph.
-        keep_weights: leave every weight as the checkpoint stores it, with a Transpose node where the graph needs it
-            otherwise; onnxruntime folds those when it loads the graph.
+    Weights are as the checkpoint stores them, with a Transpose node where the graph needs them otherwise; onnxruntime
+    folds those when it loads the graph. `baked` is a prefix that becomes part of the graph.
     """
     with _traceable(model), _quiet():
         program: Any = torch.onnx.export(
@@ -53,7 +49,7 @@ def trace(
             dynamic_shapes=_dynamic(len(geometry)),
         )
         graph: ir.Model = program.model
-        optimize_ir(graph, onnx_shape_inference=False, should_fold=_not_transposes if keep_weights else lambda _: None)
+        optimize_ir(graph, onnx_shape_inference=False, should_fold=_not_transposes)
     _tidy(graph)
     return graph
 
@@ -104,9 +100,10 @@ def _example(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> tuple
 
 
 def _dynamic(layers: int) -> Any:
-    free = torch.export.Dim.DYNAMIC
-    rows = {0: free, 1: free}
-    return rows, rows, rows, [{0: free, 2: free}] * (2 * layers)
+    batch, seq, past = torch.export.Dim(_BATCH), torch.export.Dim(_SEQ), torch.export.Dim(_PAST)
+    # A sum of two dimensions cannot be named; the tracer finds it.
+    mask = {0: batch, 1: torch.export.Dim.DYNAMIC}
+    return {0: batch, 1: seq}, mask, {0: batch, 1: seq}, [{0: batch, 2: past}] * (2 * layers)
 
 
 def _names(patterns: dict[str, str], layers: int) -> list[str]:
@@ -132,6 +129,7 @@ def _tidy(graph: ir.Model) -> None:
         graph.graph.inputs.remove(unused)
     for name, initializer in list(graph.graph.initializers.items()):
         initializer.name = name.removeprefix("model.")
+        initializer.metadata_props.clear()
 
 
 def _shape(value: ir.Value) -> ir.Shape:

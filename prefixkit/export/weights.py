@@ -89,11 +89,11 @@ def _point_into_checkpoint(graph: ir.Model, path: Path, checkpoint: Path) -> Non
             value.const_value = _pointer(value, found.file, found.offset, path.parent)
     if all(value in rest for value in _large(graph)):
         raise _nothing_fits(graph, stored, checkpoint)
-    external = ir.external_data.convert_tensors_to_external(
-        [value.const_value for value in rest], path.parent, f"{path.name}.data"
-    )
-    for value, tensor in zip(rest, external if rest else [], strict=True):
-        value.const_value = tensor
+    if rest:
+        tensors = [value.const_value for value in rest if value.const_value is not None]
+        moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, f"{path.name}.data")
+        for value, tensor in zip(rest, moved, strict=True):
+            value.const_value = tensor
 
 
 def _large(graph: ir.Model) -> list[ir.Value]:
@@ -136,7 +136,8 @@ def _find(tensor: ir.TensorProtocol, stored: list[_Stored]) -> _Stored | None:
 
 
 def _equal(file: BinaryIO, data: bytes) -> bool:
-    return all(file.read(_CHUNK) == data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK)) and bool(data)
+    pieces = (data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK))
+    return all(file.read(len(piece)) == piece for piece in pieces)
 
 
 def _pointer(value: ir.Value, file: Path, offset: int, folder: Path) -> ir.ExternalTensor:
