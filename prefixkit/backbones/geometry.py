@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
@@ -44,8 +50,9 @@ def _obstacle(config: PreTrainedConfig) -> tuple[str, str] | None:
         return f"{other} layers (a hybrid or state-space model)", _SOFT_PROMPT
     if not getattr(config, "num_attention_heads", None):
         return "no attention heads (a recurrent model)", _SOFT_PROMPT
-    # Encoders that can be turned into decoders say that they are none.
-    if getattr(config, "is_decoder", True) is False or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # Some encoders can be made decoders and are listed as both; some decoders say `is_decoder=False`.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "no causal language model", _ANOTHER
     return None
 
