@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
+from prefixkit.training.interruption import between_steps
 from prefixkit.training.objectives import cross_entropy_sum, next_token_positions, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
@@ -45,7 +47,8 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
     state = checkpoint.restore(prepared, optimizer) if resume else State()
     frozen = memory_digest(prepared.backbone.model)
     try:
-        run(prepared, optimizer, state, listener)
+        with between_steps() as check:
+            run(prepared, optimizer, state, listener, check)
     except KeyboardInterrupt:
         kept = checkpoint.save(prepared, optimizer, state)
         save(result(prepared, state), config.output)
@@ -62,17 +65,25 @@ def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
     """AdamW over the method's parameters; the backbone's are not in it."""
     settings = prepared.config.optimizer
     lr = settings.lr if settings.lr is not None else DEFAULT_LR[prepared.config.method.reparameterization]
-    return torch.optim.AdamW(prepared.method.parameters(), lr=lr, weight_decay=settings.weight_decay)
+    # `initial_lr` rides along in the optimizer's state, so that a resumed run decays from the same peak.
+    group = {"params": list(prepared.method.parameters()), "initial_lr": lr}
+    return torch.optim.AdamW([group], lr=lr, weight_decay=settings.weight_decay)
 
 
-def run(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> None:
-    """Step from where `state` stands to the end, validating and keeping checkpoints on the way."""
+def run(
+    prepared: Prepared,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    listener: Listener,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Step from where `state` stands to the end, validating and keeping checkpoints on the way.
+
+    `check` is called where the state is whole; it may raise to end the run there.
+    """
     every = prepared.config.evaluation.every or max(1, prepared.total_steps // 10)
-    peak = [group["lr"] for group in optimizer.param_groups] if state.step == 0 else None
-    base_lr = peak or [group["initial_lr"] for group in optimizer.param_groups]
-    for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
-        group["initial_lr"] = lr
     while state.step < prepared.total_steps:
+        check()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(state.step, prepared)
         batch = prepared.batches.batch(state.step)

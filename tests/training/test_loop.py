@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert f"stopped at step {at}" in heard.messages[0]
     loop.train(broken, resume=True)
     assert (tmp_path / "straight").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
+def test_signal_in_the_middle_of_a_step_waits_for_its_end(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = (settings(backbone_folder("gpt2"), records, tmp_path / name) for name in ("one", "two"))
+    loop.train(straight)
+    real, calls = torch.optim.AdamW.step, []
+
+    def signalled(self: torch.optim.AdamW, *rest: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken)
+    assert load(tmp_path / "two").manifest.provenance.metrics["steps"] == 4
+    loop.train(broken, resume=True)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_resume_refuses_another_run(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
