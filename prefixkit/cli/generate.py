@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 JSON_VERSION = 1
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""What could steer a terminal is shown, not sent; a model writes what it likes."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -98,13 +101,13 @@ def _names(
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(text.translate(_CONTROLS))
     sys.stdout.flush()
 
 
 def _show(prompts: Sequence[str], completions: Sequence[Completion]) -> None:
     for prompt, completion in zip(prompts, completions, strict=True):
-        typer.echo(f"> {prompt}\n{completion.text}\n")
+        _write(f"> {prompt}\n{completion.text}\n\n")
 
 
 def _document(session: Session, prompts: Sequence[str], completions: Sequence[Completion]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def export_onnx(
             save_graph(graph, folder / GRAPH, weights, decoder.folder)
             _copy_companions(decoder.folder, folder)
             if loaded is not None and not baked:
-                save(loaded, folder / PREFIX)
+                loaded = save(loaded, folder / PREFIX)
         draft = report_document(decoder, loaded, dtype=dtype, baked=baked, weights=weights)
         _write_report(folder, draft)
         with stages.stage("verifying"):

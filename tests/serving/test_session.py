@@ -1,0 +1,220 @@
+"""A served folder: prompts and prefixes in one batch, each row as if it were alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixkit.backbones.load import load_backbone
+from prefixkit.errors import ConfigError, FormatError, InputError, MismatchError
+from prefixkit.injections import key_value_prefix
+from prefixkit.prefix import Prefix, save
+from prefixkit.serving.sampling import Sampling
+from prefixkit.serving.session import OWN, Session
+from prefixkit.task import encode_prompt, load_tokenizer, stop_ids
+from tests.exported import TASK, backbone, exported, random_prefix
+
+FAMILIES = ["gpt2", "llama"]
+PROMPTS = ["Blue Spice", "The Eagle is a coffee shop near Burger King .", "x"]
+
+
+def prefix_for(family: str, **options: object) -> Prefix:
+    return random_prefix(load_backbone(backbone(family)).identity, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def session(family: str) -> Session:
+    made = Session(exported(family).folder, device="cpu", threads=1)
+    made.add_prefix("other", prefix_for(family, seed=2, length=3))
+    return made
+
+
+@pytest.mark.parametrize("prefix", [OWN, None])
+def test_writes_what_pytorch_writes(session: Session, family: str, prefix: str | None) -> None:
+    decoder, tokenizer = load_backbone(backbone(family)), load_tokenizer(backbone(family))
+    prompts = [encode_prompt(TASK, tokenizer, {"input": text}, room=1) for text in PROMPTS]
+    injection = key_value_prefix(prefix_for(family)) if prefix else None
+    expected = decoder.generate(prompts, injection, stop=stop_ids(TASK, tokenizer), max_new_tokens=20)
+    found = session.generate(PROMPTS, prefix, max_new_tokens=20)
+    assert [list(row.token_ids) for row in found] == expected
+    assert [row.prompt_tokens for row in found] == [len(prompt) for prompt in prompts]
+
+
+def test_prefixes_matter(session: Session) -> None:
+    texts = {name: session.generate(PROMPTS[:1], name, max_new_tokens=12)[0].text for name in (OWN, "other", None)}
+    assert len(set(texts.values())) == 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, top_k=50, seed=7)], ids=["greedy", "drawn"])
+def test_a_row_does_not_depend_on_its_neighbours(session: Session, sampling: Sampling) -> None:
+    names = [OWN, None, "other"]
+    batch = session.generate(PROMPTS, names, max_new_tokens=20, sampling=sampling)
+    for row, (prompt, name) in enumerate(zip(PROMPTS, names, strict=True)):
+        alone = Sampling(**{**vars(sampling), "seed": sampling.seed + row})
+        assert session.generate([prompt], name, max_new_tokens=20, sampling=alone) == [batch[row]]
+
+
+def test_streamed_pieces_are_the_text(session: Session) -> None:
+    texts = ["", "", ""]
+    done = {}
+    for piece in session.stream(PROMPTS, max_new_tokens=15):
+        assert piece.row not in done
+        texts[piece.row] += piece.text
+        if piece.completion is not None:
+            done[piece.row] = piece.completion
+    assert [done[row].text for row in range(3)] == texts
+    assert [done[row] for row in range(3)] == session.generate(PROMPTS, max_new_tokens=15)
+
+
+def test_stop_token_ends_its_row_only(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(temperature=2.0, seed=3)
+    free = session.generate(PROMPTS[:2], max_new_tokens=10, sampling=sampling)
+    stop = free[0].token_ids[4]
+    assert stop not in free[0].token_ids[:4]
+    assert stop not in free[1].token_ids
+    monkeypatch.setattr("prefixkit.serving.prompts.stop_ids", lambda *_: (stop,))
+    stopped = session.generate(PROMPTS[:2], max_new_tokens=10, sampling=sampling)
+    assert (stopped[0].token_ids, stopped[0].finish) == (free[0].token_ids[:4], "stop")
+    assert stopped[1] == free[1]
+    assert free[1].finish == "length"
+
+
+def test_fields_by_name_are_the_same_as_text(session: Session) -> None:
+    by_name = session.generate([{"input": "Blue Spice"}], max_new_tokens=5)
+    assert by_name == session.generate(["Blue Spice"], max_new_tokens=5)
+    with pytest.raises(InputError, match="prompt 1: expected the fields 'input'; found 'question'"):
+        session.generate([{"question": "?"}])
+
+
+def test_rows_that_finish_early_may_wait_past_the_end_of_the_context(session: Session) -> None:
+    long = session.generate(["x"], None, max_new_tokens=110)
+    both = session.generate(["x", "Blue " * 11], None, max_new_tokens=None)
+    assert both[0].token_ids[:110] == long[0].token_ids
+    assert both[1].finish == "length"
+
+
+def test_context_overflow_is_refused_in_one_line(session: Session) -> None:
+    long = "spice " * 200
+    with pytest.raises(
+        InputError, match=r"prompt 1: expected from 1 to \d+ new tokens, which the context has left; found 128"
+    ):
+        session.generate(["x", "Blue Spice"], max_new_tokens=128)
+    written = session.generate(["x"])[0]
+    assert len(written.token_ids) <= 128 - 6 - written.prompt_tokens
+    session.add_prefix("plain", prefix_for(session.report.backbone.family, task=None))
+    # A prefix without a contract falls back to the folder's, which truncates inputs as training did.
+    assert session.generate([long], "plain", max_new_tokens=1)[0].prompt_tokens == 63
+
+
+def test_prompt_longer_than_the_context_is_refused_where_no_task_truncates(family: str, tmp_path: Path) -> None:
+    folder = copied(family, tmp_path)
+    (folder / "prefix.safetensors").unlink()
+    edit(folder, {"prefix": None})
+    bare = Session(folder, device="cpu", threads=1)
+    with pytest.raises(InputError, match=r"prompt 1: expected at most 127 tokens, which leave one of the 128"):
+        bare.generate(["spice " * 200])
+    assert bare.generate(["Blue Spice"], max_new_tokens=3)[0].prompt_tokens == len(
+        bare.tokenizer.encode_text("Blue Spice")
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prefix", "message"),
+    [
+        (["x"], "othr", "prefix: expected the name of one; found 'othr'; did you mean 'other'"),
+        (["x"], [OWN, None], "prefix: expected one, or one for each of 1 prompts; found 2"),
+        ([], OWN, "prompts: expected at least one; found none"),
+    ],
+)
+def test_bad_calls_are_one_line(session: Session, prompts: list[str], prefix: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        session.generate(prompts, prefix)  # type: ignore[arg-type]
+
+
+def test_prefix_for_other_weights_is_refused_unless_allowed(session: Session, family: str) -> None:
+    stranger = random_prefix(load_backbone(backbone(family, 1)).identity)
+    with pytest.raises(MismatchError, match="weights hash"):
+        session.add_prefix("stranger", stranger)
+    session.add_prefix("stranger", stranger, allow_mismatch=True)
+    assert session.generate(["x"], "stranger", max_new_tokens=2)[0].token_ids
+
+
+def copied(family: str, place: Path) -> Path:
+    return Path(shutil.copytree(exported(family).folder, place / "served"))
+
+
+def edit(folder: Path, changes: dict[str, object]) -> None:
+    path = folder / "export.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_folders_that_cannot_be_served_are_one_line(family: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"export.json: expected the report of an exported folder; found no such folder"
+    ):
+        Session(tmp_path / "nowhere")
+    folder = copied(family, tmp_path)
+    edit(folder, {"version": 2})
+    with pytest.raises(FormatError, match="expected version 1; found 2; export again"):
+        Session(folder)
+    edit(folder, {"version": 1, "graph": {}})
+    with pytest.raises(FormatError, match="expected a whole report"):
+        Session(folder)
+
+
+def test_damaged_graph_is_one_line(family: str, tmp_path: Path) -> None:
+    folder = copied(family, tmp_path)
+    graph = folder / "onnx" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:100])
+    with pytest.raises(FormatError, match=r"model.onnx: expected a graph that onnxruntime can load"):
+        Session(folder)
+
+
+def test_prefix_exchanged_in_the_folder_is_checked(family: str, tmp_path: Path) -> None:
+    folder = copied(family, tmp_path)
+    save(random_prefix(load_backbone(backbone(family, 1)).identity), folder / "prefix.safetensors")
+    with pytest.raises(MismatchError, match="weights hash"):
+        Session(folder)
+
+
+def test_cuda_is_never_claimed_without_a_gpu(family: str) -> None:
+    made = Session(exported(family).folder, threads=1)
+    providers = made.runtime.session.get_providers()
+    assert made.device == ("cuda" if "CUDAExecutionProvider" in providers else "cpu")
+    with pytest.raises(ConfigError, match="--device: expected auto, cpu or cuda; found 'tpu'"):
+        Session(exported(family).folder, device="tpu")  # type: ignore[arg-type]
+
+
+def test_baked_folder_serves_its_one_prefix() -> None:
+    baked = Session(exported("mistral_window", baked=True).folder, device="cpu", threads=1)
+    decoder, tokenizer = load_backbone(backbone("mistral_window")), load_tokenizer(backbone("mistral_window"))
+    prompts = [encode_prompt(TASK, tokenizer, {"input": text}, room=1) for text in PROMPTS]
+    injection = key_value_prefix(prefix_for("mistral_window"))
+    expected = decoder.generate(prompts, injection, stop=stop_ids(TASK, tokenizer), max_new_tokens=20)
+    assert [list(row.token_ids) for row in baked.generate(PROMPTS, max_new_tokens=20)] == expected
+    with pytest.raises(ConfigError, match="found a graph with its prefix inside; export without --baked"):
+        baked.generate(PROMPTS, None)
+    with pytest.raises(ConfigError, match="found a baked one"):
+        baked.add_prefix("other", prefix_for("mistral_window"))
+
+
+def test_serving_needs_neither_torch_nor_transformers_nor_onnx() -> None:
+    program = """
+import sys
+from prefixkit.serving.session import Session
+Session(sys.argv[1], device="cpu").generate(["x"], max_new_tokens=2)
+print([name for name in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir") if name in sys.modules])
+"""
+    folder = str(exported("gpt2").folder)
+    ran = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
