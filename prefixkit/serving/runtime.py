@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from prefixkit.serving.prefix_table import Array, ServedPrefix, stacked
 from prefixkit.serving.report import INPUTS, OUTPUTS, ExportedFolder
 
 Device = Literal["auto", "cpu", "cuda"]
+_WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
@@ -108,14 +110,11 @@ def _per_layer(names: dict[str, str], which: str, tensors: int) -> Iterator[str]
 
 
 def _load(path: Path, device: Device, threads: int | None) -> Any:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError("--device", expected="auto, cpu or cuda", found=repr(device))
+    providers = _providers(device)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _ERRORS
     if threads is not None:
         options.intra_op_num_threads = threads
-    wanted = [_PROVIDERS["cpu"]] if device == "cpu" else list(_PROVIDERS.values())
-    providers = [provider for provider in wanted if provider in onnxruntime.get_available_providers()]
     try:
         with _without_provider_noise():
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -123,14 +122,26 @@ def _load(path: Path, device: Device, threads: int | None) -> Any:
         raise FormatError(path, expected="a graph that onnxruntime can load", found=_first_line(error)) from error
 
 
+def _providers(device: Device) -> list[str]:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("--device", expected="auto, cpu or cuda", found=repr(device))
+    if device == "cpu" or _PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return [_PROVIDERS["cpu"]]
+    # Finds the CUDA libraries that pip installed, which the system's loader does not know.
+    with _without_provider_noise():
+        onnxruntime.preload_dlls()
+    return list(_PROVIDERS.values())
+
+
 @contextmanager
 def _without_provider_noise() -> Iterator[None]:
-    # A GPU build on a machine without CUDA writes an error for what is a normal answer.
-    onnxruntime.set_default_logger_severity(4)
+    # A GPU build on a machine without CUDA logs and prints errors for what is a normal answer.
+    onnxruntime.set_default_logger_severity(_FATAL)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
-        onnxruntime.set_default_logger_severity(2)
+        onnxruntime.set_default_logger_severity(_WARNINGS)
 
 
 def _first_line(error: Exception) -> str:

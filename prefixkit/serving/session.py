@@ -72,7 +72,11 @@ class Session:
         own = self.report.prefix is not None and loaded.manifest.content == self.report.prefix.content
         # The folder's own prefix was checked when it was exported.
         matches(loaded, self.report.backbone, allow_mismatch=allow_mismatch or own)
-        self.prefixes[name] = served(loaded, self.runtime.dtype)
+        made = served(loaded, self.runtime.dtype)
+        if not self.report.takes_positions and made.text_start != made.length:
+            expected = f"a text that starts at {made.length}: the model counts its prefix"
+            raise ConfigError(f"prefix {name!r}", expected=expected, found=f"one that starts at {made.text_start}")
+        self.prefixes[name] = made
 
     def generate(
         self,
@@ -111,6 +115,8 @@ class Session:
         Raises:
             InputError: an unknown prefix, a prompt that does not fit the task or leaves no room in the context.
         """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts", expected="a list of them", found="one string")
         names = self._names(prefix, len(prompts))
         rows = [
             self._prompt(given, name, f"prompt {row}", max_new_tokens)

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, FormatError, InputError, MismatchError
+from prefixkit.format.manifest import Positions
 from prefixkit.injections import key_value_prefix
 from prefixkit.prefix import Prefix, save
 from prefixkit.serving.sampling import Sampling
@@ -134,9 +136,10 @@ def test_prompt_longer_than_the_context_is_refused_where_no_task_truncates(famil
         (["x"], "othr", "prefix: expected the name of one; found 'othr'; did you mean 'other'"),
         (["x"], [OWN, None], "prefix: expected one, or one for each of 1 prompts; found 2"),
         ([], OWN, "prompts: expected at least one; found none"),
+        ("x", OWN, "prompts: expected a list of them; found one string"),
     ],
 )
-def test_bad_calls_are_one_line(session: Session, prompts: list[str], prefix: object, message: str) -> None:
+def test_bad_calls_are_one_line(session: Session, prompts: list[str] | str, prefix: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         session.generate(prompts, prefix)  # type: ignore[arg-type]
 
@@ -147,6 +150,21 @@ def test_prefix_for_other_weights_is_refused_unless_allowed(session: Session, fa
         session.add_prefix("stranger", stranger)
     session.add_prefix("stranger", stranger, allow_mismatch=True)
     assert session.generate(["x"], "stranger", max_new_tokens=2)[0].token_ids
+
+
+def test_model_without_positions_refuses_a_prefix_that_shifts_them(family: str, tmp_path: Path) -> None:
+    folder = copied(family, tmp_path)
+    report = json.loads((folder / "export.json").read_text())
+    del report["graph"]["inputs"]["position_ids"]
+    report["prefix"]["file"] = None
+    edit(folder, report)
+    made, shifted = Session(folder, device="cpu", threads=1), prefix_for(family)
+    record = replace(shifted.manifest.injections[0], positions=Positions(text_start=0, prefix_takes_positions=False))
+    manifest = replace(shifted.manifest, injections=(record,))
+    with pytest.raises(
+        ConfigError, match="expected a text that starts at 6: the model counts its prefix; found one that"
+    ):
+        made.add_prefix("shifted", Prefix(manifest, shifted.tensors))
 
 
 def copied(family: str, place: Path) -> Path:
