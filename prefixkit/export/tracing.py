@@ -91,12 +91,10 @@ def _example(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> tuple
     # Sizes that differ from each other and from 0 and 1, which the tracer would take for constants.
     batch, seq, past = 2, 3, 4
     shapes = [(layer.kv_heads, dim) for layer in geometry for dim in (layer.key_dim, layer.value_dim)]
-    return (
-        torch.ones(batch, seq, dtype=torch.long),
-        torch.ones(batch, past + seq, dtype=torch.long),
-        torch.arange(past, past + seq).repeat(batch, 1),
-        [torch.zeros(batch, heads, past, dim, dtype=model.dtype) for heads, dim in shapes],
-    )
+    tokens = torch.ones(batch, past + seq, dtype=torch.long, device=model.device)
+    positions = torch.arange(past, past + seq, device=model.device).repeat(batch, 1)
+    cache = [torch.zeros(batch, heads, past, dim, dtype=model.dtype, device=model.device) for heads, dim in shapes]
+    return tokens[:, :seq].clone(), tokens, positions, cache
 
 
 def _dynamic(layers: int) -> Any:

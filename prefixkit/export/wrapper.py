@@ -36,8 +36,8 @@ class FlatDecoder(nn.Module):
         self.length = baked.length if baked is not None else 0
         for layer in range(len(geometry) if baked is not None else 0):
             assert baked is not None
-            self.register_buffer(f"prefix_{layer}_key", baked.keys[layer].to(model.dtype))
-            self.register_buffer(f"prefix_{layer}_value", baked.values[layer].to(model.dtype))
+            self.register_buffer(f"prefix_{layer}_key", baked.keys[layer].to(model.device, model.dtype))
+            self.register_buffer(f"prefix_{layer}_value", baked.values[layer].to(model.device, model.dtype))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]

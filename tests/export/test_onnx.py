@@ -40,7 +40,7 @@ def assert_parity(done: Exported, tolerance: float) -> None:
         assert case.max_abs_difference <= tolerance, case
         assert case.effect is None or case.effect > EFFECT, case
     assert any(case.effect is not None for case in done.cases)
-    assert any(len(set(case.rows)) > 1 for case in done.cases)
+    assert any(len(set(case.rows)) > 1 for case in done.cases)  # ragged
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -161,6 +161,23 @@ def test_inline_weights_leave_one_file(traced_before: Path, tmp_path: Path) -> N
     done = export_onnx(None, traced_before, tmp_path / "inline", weights="inline")
     assert [path.name for path in (tmp_path / "inline" / "onnx").iterdir()] == ["model.onnx"]
     assert_parity(done, 1e-4)
+
+
+def test_checkpoint_of_links_as_the_hub_cache_has_them(traced_before: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()
+    for file in traced_before.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    done = export_onnx(None, tmp_path / "snapshot", tmp_path / "served", weights="checkpoint")
+    weights = done.folder / "onnx" / "model.safetensors"
+    assert not weights.is_symlink()
+    assert weights.read_bytes() == (traced_before / "model.safetensors").read_bytes()
+    assert_parity(done, 1e-4)
+
+
+def test_a_prefix_that_leaves_one_token_of_context_is_verified_with_it(traced_before: Path, tmp_path: Path) -> None:
+    loaded = load_backbone(traced_before)
+    done = export_onnx(random_prefix(loaded.identity, length=127), loaded, tmp_path / "served")
+    assert {case.rows for case in done.cases} == {(1,), (1, 1, 1, 1)}
 
 
 def drop_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
