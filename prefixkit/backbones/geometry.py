@@ -85,8 +85,9 @@ def measure(model: PreTrainedModel, where: str) -> tuple[LayerGeometry, ...]:
         BackboneError: a layer keeps something else than one key and one value per token.
     """
     cache: Any = DynamicCache()
+    token = one_token(model)
     with evaluating(model):
-        model(input_ids=one_token(model), past_key_values=cache, use_cache=True)
+        model(input_ids=token, attention_mask=torch.ones_like(token), past_key_values=cache, use_cache=True)
     layers = getattr(cache, "layers", [])
     config = model.config
     if len(layers) != config.num_hidden_layers:
@@ -100,7 +101,7 @@ def measure(model: PreTrainedModel, where: str) -> tuple[LayerGeometry, ...]:
 def one_token(model: PreTrainedModel) -> Tensor:
     """[1, 1]: the shortest input."""
     # Weights that accelerate keeps elsewhere look as if they were on "meta"; it moves inputs itself.
-    device = "cpu" if model.device.type == "meta" else model.device
+    device = "cpu" if hasattr(model, "_hf_hook") else model.device
     return torch.zeros(1, 1, dtype=torch.long, device=device)
 
 

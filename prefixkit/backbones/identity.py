@@ -19,9 +19,18 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def identify(
-    folder: Path, name: str, revision: str | None, config: PreTrainedConfig, geometry: tuple[LayerGeometry, ...]
+    folder: Path,
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    geometry: tuple[LayerGeometry, ...],
+    *,
+    weights: bool = True,
 ) -> BackboneIdentity:
-    """The identity of the backbone in `folder`; its weights are hashed as stored (cached by path, size, mtime)."""
+    """The identity of the backbone stored in `folder`; its weights are hashed as stored (cached by path, size, mtime).
+
+    Without `weights` only what config.json says is stated, for prefixes of which nobody knows more.
+    """
     return BackboneIdentity(
         name=name,
         revision=revision,
@@ -29,10 +38,10 @@ def identify(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=context_length(config),
-        dtype=_stored_dtype(folder),
+        dtype=_stored_dtype(folder) if weights else str(config.dtype or "unknown").removeprefix("torch."),
         config_hash=config_hash(folder),
-        weights_hash=backbone_digest(folder),
-        tokenizer_hash=tokenizer_hash(folder),
+        weights_hash=backbone_digest(folder) if weights else None,
+        tokenizer_hash=tokenizer_hash(folder) if weights else None,
         stacks={"decoder": geometry},
         rope=_rope(config),
     )
@@ -63,7 +72,11 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 def origin(config: PreTrainedConfig) -> Path | None:
     """The local folder that a model with this configuration was loaded from, the hub's cache included, if known."""
-    source = getattr(config, "_name_or_path", "")
+    return local_folder(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
+
+
+def local_folder(source: str, revision: str | None = None) -> Path | None:
+    """The folder that `source` names: itself, or where the hub's cache keeps that id. Nothing is downloaded."""
     if not source:
         return None
     if Path(source).is_dir():
@@ -72,7 +85,7 @@ def origin(config: PreTrainedConfig) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(source, "config.json", revision=getattr(config, "_commit_hash", None))
+        cached = try_to_load_from_cache(source, "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(cached).parent if isinstance(cached, str) else None

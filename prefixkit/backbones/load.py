@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prefixkit.backbones.identity import identify
 from prefixkit.errors import BackboneError, ConfigError, FormatError
 from prefixkit.format.digest import read_config, weight_files
 from prefixkit.format.header import read_header
+from prefixkit.format.manifest import LayerGeometry
 
 _FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +51,7 @@ def load_backbone(
     """
     if dtype not in _DTYPES:
         raise ConfigError("dtype", expected=", ".join(_DTYPES), found=repr(dtype))
-    folder = _folder(source, revision)
+    folder = find_folder(source, revision)
     config = _config(folder)
     refuse_unsupported(config, str(source))
     model = _model(folder, config, _DTYPES[dtype]).to(device)
@@ -59,7 +61,26 @@ def load_backbone(
     return Decoder(model, folder, identify(folder, name, revision, config, geometry), geometry)
 
 
-def _folder(source: str | Path, revision: str | None) -> Path:
+def sketch(folder: Path) -> tuple[PreTrainedConfig, tuple[LayerGeometry, ...]]:
+    """The configuration of the backbone in `folder` and its geometry, from config.json alone.
+
+    Raises:
+        BackboneError: no such configuration, or an architecture that cannot take a prefix.
+    """
+    config = _config(folder)
+    refuse_unsupported(config, str(folder))
+    # "meta" holds no numbers: nothing is allocated, sdpa cannot look at masks, experts are grouped in bfloat16 only.
+    try:
+        with torch.device("meta"):
+            own = deepcopy(config)
+            model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16, attn_implementation="eager")
+    except Exception as error:  # each model class raises its own types
+        where = folder / "config.json"
+        raise BackboneError(where, expected="a configuration that makes a model", found=_told(error)) from error
+    return config, measure(model, str(folder))
+
+
+def find_folder(source: str | Path, revision: str | None) -> Path:
     path = Path(source).expanduser()
     if path.is_dir() and source != "":
         return path.resolve()

@@ -25,7 +25,7 @@ from transformers import (
     ViTConfig,
 )
 
-from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.load import load_backbone, sketch
 from prefixkit.errors import BackboneError, ConfigError
 from prefixkit.format.digest import backbone_digest
 from prefixkit.format.manifest import LayerGeometry
@@ -66,6 +66,9 @@ def test_a_saved_model_comes_back_frozen(family: str, backbone_folder: Folder) -
     assert backbone.identity.weights_hash == backbone_digest(backbone_folder(family))
     assert backbone.identity.dtype == "float32"
     assert backbone.identity.stacks["decoder"] == backbone.geometry
+    config, geometry = sketch(backbone_folder(family))
+    assert geometry == backbone.geometry
+    assert config.dtype == torch.float32
 
 
 def test_geometry_is_measured_for_each_layer(backbone_folder: Folder) -> None:
