@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from keyword import iskeyword
 from typing import Annotated
 
 import typer
@@ -18,8 +19,8 @@ from prefixkit import __version__
 from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
-COMMANDS = ("quickstart", "train", "inspect", "export", "generate", "eval", "methods")
-"""Modules of this package, each with `register(app)`, in the order of the help."""
+COMMANDS = ("quickstart", "train", "inspect", "export", "import", "generate", "eval", "methods")
+"""In the order of the help; each is a module of this package with `register(app)`, with `_` after a Python keyword."""
 
 _ISSUES = "https://github.com/prefixkit/prefixkit/issues"
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in COMMANDS:
-    import_module(f"prefixkit.cli.{_command}").register(app)
+    import_module(f"prefixkit.cli.{_command}{'_' * iskeyword(_command)}").register(app)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="A folder for onnxruntime: the model's graph and the prefix.")
     ] = False,
+    peft: Annotated[bool, typer.Option("--peft", help="A folder for PEFT: the prefix alone.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
     target: Annotated[str, typer.Option(help="portable: operators that every ONNX runtime knows.")] = "portable",
@@ -39,8 +40,12 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
-    if not onnx:
-        raise ConfigError("export", expected="a form to export to", found="none", next_step="add --onnx")
+    if onnx == peft:
+        found = "two" if onnx else "none"
+        raise ConfigError("export", expected="a form to export to", found=found, next_step="add --onnx or --peft")
+    if peft:
+        _peft(prefix, output)
+        return
     if output is None or backbone is None:
         missing = "--output" if output is None else "--backbone"
         raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
@@ -48,6 +53,18 @@ def export(
         raise ConfigError("--target", expected="portable", found=repr(target))
     options = {"dtype": dtype, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
     _show(_onnx(prefix, backbone, output, options), as_json)
+
+
+def _peft(prefix: Path | None, output: Path | None) -> None:
+    from prefixkit.bridges.peft import export_peft
+    from prefixkit.prefix import load
+
+    if prefix is None or output is None:
+        missing = "a prefix file" if prefix is None else "--output"
+        raise ConfigError("export --peft", expected=missing, found="none", next_step="see `prefixkit export --help`")
+    export_peft(load(prefix), output)
+    typer.echo(f"wrote {output}")
+    typer.echo(f'next: PeftModel.from_pretrained(model, "{output}")')
 
 
 def _onnx(prefix: Path | None, backbone: str, output: Path, options: dict[str, Any]) -> Exported:

@@ -1,0 +1,169 @@
+"""The folder that PEFT saves a prefix in: its adapter_config.json and its one tensor.
+
+PEFT keeps `prompt_embeddings` of [prefix, layers * 2 * kv_heads * head_dim], ordered slot, layer, key before value,
+head, dimension. With `prefix_projection` it stores the projected result, which is the same thing. Its
+`num_attention_heads` are the heads of keys and values, its `token_dim` is kv_heads * head_dim. Text begins at position
+`num_virtual_tokens`. Measured with PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prefixkit.errors import FormatError, InputError
+from prefixkit.format.atomic import replacing_folder, write_bytes, write_stream
+from prefixkit.format.canonical import read_json
+from prefixkit.format.header import read_header, read_tensors
+from prefixkit.format.writer import StoredTensor, encode
+from prefixkit.prefix import Array
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_TENSOR = "prompt_embeddings"
+_NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_KINDS = ("PREFIX_TUNING", "CARTRIDGE")
+_SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A prefix as PEFT describes it: `length` slots in `layers` layers of `kv_heads` heads of `head_dim` dimensions.
+
+    Attributes:
+        frozen: leading slots that training leaves alone; PEFT calls a prefix that has them, or may, a cartridge.
+        base, revision: the name of the backbone; empty and None where unknown.
+    """
+
+    kind: str
+    length: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    frozen: int = 0
+    base: str = ""
+    revision: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """[prefix, layers, key or value, kv_heads, head_dim]: the tensor, unflattened."""
+        return self.length, self.layers, 2, self.kv_heads, self.head_dim
+
+
+def read_adapter(folder: Path) -> tuple[Adapter, Array]:
+    """What the folder describes, and its tensor in `Adapter.shape`.
+
+    Raises:
+        FormatError: no such folder, damaged files, or an adapter that is no prefix of a decoder.
+    """
+    adapter = _adapter(folder)
+    return adapter, _flat(folder / WEIGHTS, adapter).reshape(adapter.shape)
+
+
+def write_adapter(folder: str | Path, adapter: Adapter, tensor: Array) -> None:
+    """Write a folder that PEFT loads, whole or not at all. Raises InputError where that cannot be done."""
+    config = json.dumps(_config(adapter), indent=2, sort_keys=True)
+    flat = np.ascontiguousarray(tensor).reshape(adapter.length, -1)
+    with replacing_folder(folder, marker=CONFIG) as target:
+        write_bytes(target / CONFIG, f"{config}\n".encode())
+        write_stream(target / WEIGHTS, encode({_TENSOR: _stored(flat)}, {"format": "pt"}))
+
+
+def _adapter(folder: Path) -> Adapter:
+    path = folder / CONFIG
+    if not path.is_file():
+        found = "none" if folder.is_dir() else "no such folder"
+        raise FormatError(folder, expected=f"a PEFT folder with {CONFIG}", found=found, next_step="check the path")
+    stored = read_json(path.read_bytes(), path)
+    if not isinstance(stored, dict):
+        raise FormatError(path, expected="a JSON object", found=f"a {type(stored).__name__}")
+    _refuse_other_adapters(path, stored)
+    width, heads = _count(path, stored, "token_dim"), _count(path, stored, "num_attention_heads")
+    if width % heads:
+        expected = f"token_dim to be a multiple of its {heads} heads"
+        raise FormatError(path, expected=expected, found=str(width))
+    length = _count(path, stored, "num_virtual_tokens")
+    frozen = stored.get("num_frozen_tokens", 1) if stored["peft_type"] == "CARTRIDGE" else 0
+    if type(frozen) is not int or not 0 <= frozen <= length:
+        raise FormatError(path, expected=f"num_frozen_tokens of 0 to {length}", found=repr(frozen)[:80])
+    return Adapter(
+        kind=stored["peft_type"],
+        length=length,
+        layers=_count(path, stored, "num_layers"),
+        kv_heads=heads,
+        head_dim=width // heads,
+        frozen=frozen,
+        base=str(stored.get("base_model_name_or_path") or ""),
+        revision=stored.get("revision"),
+    )
+
+
+def _refuse_other_adapters(path: Path, stored: Mapping[str, Any]) -> None:
+    kind = stored.get("peft_type")
+    expected = "peft_type PREFIX_TUNING or CARTRIDGE"
+    if kind in _SOFT_PROMPTS:
+        step = "a later version imports soft prompts"
+        raise FormatError(path, expected=expected, found=f"{kind}, a soft prompt", next_step=step)
+    if kind not in _KINDS:
+        raise FormatError(path, expected=expected, found=repr(kind)[:80])
+    if stored.get("num_transformer_submodules") == 2 or stored.get("task_type") == "SEQ_2_SEQ_LM":
+        step = "a later version imports those"
+        raise FormatError(path, expected="a prefix of a decoder", found="one of an encoder-decoder", next_step=step)
+
+
+def _count(path: Path, stored: Mapping[str, Any], name: str) -> int:
+    value = stored.get(name)
+    if type(value) is not int or value < 1:
+        raise FormatError(path, expected=f"{name}, a whole number from 1", found=repr(value)[:80])
+    return value
+
+
+def _flat(path: Path, adapter: Adapter) -> Array:
+    if not path.is_file() and path.with_suffix(".bin").is_file():
+        step = "load it with PEFT and save it again: save_pretrained writes safetensors"
+        raise FormatError(path.parent, expected=WEIGHTS, found="adapter_model.bin, a pickle", next_step=step)
+    header = read_header(path)
+    shape = (adapter.length, math.prod(adapter.shape[1:]))
+    others = sorted(set(header.tensors) - {_TENSOR})
+    if others or not header.tensors:
+        step = "this version imports prefixes without task heads" if others else ""
+        raise FormatError(path, expected=f"only {_TENSOR}", found=others[0] if others else "nothing", next_step=step)
+    entry = header.tensors[_TENSOR]
+    if entry.shape != shape or entry.dtype not in _NUMPY:
+        expected = f"{_TENSOR} of {list(shape)}, as {CONFIG} says, in F32, F16 or BF16"
+        raise FormatError(path, expected=expected, found=f"{list(entry.shape)} in {entry.dtype}")
+    data = dict(read_tensors(path, header))[_TENSOR]
+    return np.frombuffer(data, dtype=_NUMPY[entry.dtype])
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    width = adapter.kv_heads * adapter.head_dim
+    config = {
+        "base_model_name_or_path": adapter.base,
+        "inference_mode": True,
+        "num_attention_heads": adapter.kv_heads,
+        "num_layers": adapter.layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": adapter.length,
+        "peft_type": adapter.kind,
+        "revision": adapter.revision,
+        "task_type": "CAUSAL_LM",
+        "token_dim": width,
+    }
+    if adapter.kind == "CARTRIDGE":
+        return {**config, "num_frozen_tokens": adapter.frozen}
+    return {**config, "encoder_hidden_size": width, "prefix_projection": False}
+
+
+def _stored(array: Array) -> StoredTensor:
+    for dtype, numpy_dtype in _NUMPY.items():
+        if array.dtype == numpy_dtype:
+            return StoredTensor(dtype, array.shape, np.ascontiguousarray(array).tobytes())
+    raise InputError("prefix", expected="float32, float16 or bfloat16", found=str(array.dtype))
