@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from prefixkit.backbones.attach import attach as attach
     from prefixkit.backbones.attach import detach as detach
     from prefixkit.backbones.load import load_backbone as load_backbone
-    from prefixkit.export.onnx import export_onnx as export
+    from prefixkit.backbones.snapshot import snapshot as snapshot
+    from prefixkit.export.onnx import export_onnx as export_onnx
     from prefixkit.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from prefixkit.prefix import Prefix as Prefix
     from prefixkit.prefix import load as load
@@ -32,7 +33,8 @@ _HOME = {
     "PrefixTuning": "prefixkit.methods.prefix_tuning",
     "TrainConfig": "prefixkit.training.config",
     "train": "prefixkit.training.loop",
-    "export": "prefixkit.export.onnx:export_onnx",
+    "export_onnx": "prefixkit.export.onnx",
+    "snapshot": "prefixkit.backbones.snapshot",
 }
 
 __all__ = [
@@ -42,10 +44,11 @@ __all__ = [
     "TrainConfig",
     "attach",
     "detach",
-    "export",
+    "export_onnx",
     "load",
     "load_backbone",
     "save",
+    "snapshot",
     "train",
 ]
 
@@ -53,8 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'prefixkit' has no attribute {name!r}")
-    module, _, attribute = _HOME[name].partition(":")
-    return getattr(import_module(module), attribute or name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

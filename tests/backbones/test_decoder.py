@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit.backbones.decoder import Decoder
@@ -15,8 +14,8 @@ from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, Positions
 from prefixkit.injections import KeyValuePrefix
 from tests.architectures import CONFIGS, VOCAB, WINDOW, tiny
+from tests.ragged import alone, padded, prompts, random_prefix
 
-LENGTH = 6
 TOLERANCE = 1e-5
 EFFECT = 0.1
 
@@ -38,50 +37,14 @@ def wrap(model: PreTrainedModel) -> Decoder:
     return Decoder(model, Path(), identity, geometry)
 
 
-def random_prefix(decoder: Decoder, length: int = LENGTH) -> KeyValuePrefix:
-    generator = torch.Generator().manual_seed(1)
-    layers = decoder.geometry
-    return KeyValuePrefix(
-        keys=tuple(torch.randn(layer.kv_heads, length, layer.key_dim, generator=generator) for layer in layers),
-        values=tuple(torch.randn(layer.kv_heads, length, layer.value_dim, generator=generator) for layer in layers),
-        positions=Positions(text_start=length),
-    )
-
-
-def ragged() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(1, VOCAB, (length,), generator=generator) for length in (5, 20, 11)]
-
-
-def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows) + 3
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[index, where], mask[index, where] = row, 1
-    return ids, mask
-
-
-@torch.no_grad()
-def alone(model: PreTrainedModel, row: Tensor, prefix: KeyValuePrefix | None) -> Tensor:
-    """The oracle: one row, no padding, the prefix as the model's own cache."""
-    length = prefix.length if prefix is not None else 0
-    cache = DynamicCache()
-    for layer in range(len(prefix.keys) if prefix is not None else 0):
-        cache.update(prefix.keys[layer][None], prefix.values[layer][None], layer)
-    positions = {} if model.config.model_type == "bloom" else {"position_ids": torch.arange(len(row))[None] + length}
-    mask = torch.ones(1, length + len(row), dtype=torch.long)
-    return model(input_ids=row[None], attention_mask=mask, past_key_values=cache, **positions).logits[0]
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_each_row_of_a_ragged_batch_equals_itself_alone(family: str, side: str) -> None:
-    decoder, rows = wrap(tiny(family)), ragged()
-    prefix = random_prefix(decoder)
+    decoder, rows = wrap(tiny(family)), prompts()
+    prefix = random_prefix(decoder.model)
     expected = [alone(decoder.model, row, prefix) for row in rows]
     bare = [alone(decoder.model, row, None) for row in rows]
-    ids, mask = padded(rows, side)
+    ids, mask = padded(rows, side).values()
     with torch.no_grad():
         logits = decoder.logits(ids, mask, prefix)
     for index in range(len(rows)):
@@ -93,18 +56,18 @@ def test_each_row_of_a_ragged_batch_equals_itself_alone(family: str, side: str) 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_zero_length_prefix_is_the_base_model_bit_for_bit(family: str) -> None:
     model = tiny(family)
-    row = ragged()[1][None]
+    row = prompts()[1][None]
     with torch.no_grad():
         expected = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
         decoder = wrap(model)
-        assert torch.equal(decoder.logits(row, torch.ones_like(row), random_prefix(decoder, 0)), expected)
+        assert torch.equal(decoder.logits(row, torch.ones_like(row), random_prefix(decoder.model, 0)), expected)
         assert torch.equal(decoder.release()(input_ids=row, attention_mask=torch.ones_like(row)).logits, expected)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_keys_and_values_of_a_text_equal_the_text_in_the_context(family: str) -> None:
     decoder = wrap(tiny(family))
-    context, row = ragged()[2], ragged()[0]
+    context, row = prompts()[2], prompts()[0]
     whole = torch.cat([context, row])[None]
     with torch.no_grad():
         expected = decoder.logits(whole)[0, len(context) :]
@@ -117,32 +80,32 @@ def test_keys_and_values_of_a_text_equal_the_text_in_the_context(family: str) ->
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_logits_at_chosen_positions_are_the_same_logits(family: str) -> None:
     decoder = wrap(tiny(family))
-    ids, mask = padded(ragged(), "right")
+    ids, mask = padded(prompts(), "right").values()
     chosen = torch.zeros_like(mask, dtype=torch.bool)
     chosen[0, 2], chosen[1, 7:11] = True, True
     with torch.no_grad():
-        every = decoder.logits(ids, mask, random_prefix(decoder))
-        some = decoder.logits_where(chosen, ids, mask, random_prefix(decoder))
+        every = decoder.logits(ids, mask, random_prefix(decoder.model))
+        some = decoder.logits_where(chosen, ids, mask, random_prefix(decoder.model))
     assert some.shape == (5, VOCAB)
     assert (some - every[chosen]).abs().max() <= TOLERANCE
 
 
 def test_permuting_prefix_slots_changes_nothing() -> None:
     decoder = wrap(tiny("llama"))
-    prefix, order = random_prefix(decoder), torch.tensor([3, 0, 5, 1, 4, 2])
+    prefix, order = random_prefix(decoder.model), torch.tensor([3, 0, 5, 1, 4, 2])
     moved = KeyValuePrefix(
         keys=tuple(key[:, order] for key in prefix.keys),
         values=tuple(value[:, order] for value in prefix.values),
         positions=prefix.positions,
     )
-    row = ragged()[0][None]
+    row = prompts()[0][None]
     with torch.no_grad():
         assert (decoder.logits(row, None, prefix) - decoder.logits(row, None, moved)).abs().max() <= TOLERANCE
 
 
 def test_text_may_start_at_position_zero() -> None:
     decoder = wrap(tiny("gpt2"))
-    prefix, row = random_prefix(decoder), ragged()[0]
+    prefix, row = random_prefix(decoder.model), prompts()[0]
     kept = KeyValuePrefix(
         keys=prefix.keys,
         values=prefix.values,
