@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uses_registry
+from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.geometry import measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
+from prefixkit.backbones.positions import query_index
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import KeyValuePrefix, key_value_prefix
 from prefixkit.prefix import Prefix, matches
@@ -66,7 +68,7 @@ class Attachment:
         decoder = model.get_decoder()
         self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.previous is None:
-            self._hooks.append(decoder.register_forward_hook(_forget_cache, with_kwargs=True))
+            self._hooks.append(decoder.register_forward_hook(forget_cache, with_kwargs=True))
         model.__dict__[_ATTACHMENT] = self
 
     def freeze(self) -> None:
@@ -93,83 +95,14 @@ class Attachment:
         tokens = keywords["inputs_embeds"] if tokens is None else tokens
         if self.previous is None:
             if prefix is not None and prefix.length:
-                _through_cache(self.model, prefix, tokens, keywords)
+                through_cache(self.model, prefix, tokens, keywords)
             return (), keywords
         _refuse_reentrant(self.model)
-        index = _query_index(tokens, keywords).clamp(min=0)
+        index = query_index(tokens, keywords).clamp(min=0)
         keywords["position_ids"] = index + (prefix.positions.text_start if prefix is not None else 0)
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
         keywords[KEYWORD] = Injected(keys=keys, values=values, query_index=index)
         return (), keywords
-
-
-def _query_index(tokens: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """[batch, seq]: how many real tokens of its row precede each query token; -1 or repeated on padding."""
-    given: Tensor | None = keywords.get("position_ids")
-    if given is not None:
-        return given
-    batch, seq = tokens.shape[:2]
-    mask = keywords.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return (mask.long().cumsum(-1) - 1)[:, -seq:]
-    cache = keywords.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
-    return (torch.arange(seq, device=tokens.device) + past).expand(batch, -1)
-
-
-def _through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tensor, keywords: dict[str, Any]) -> None:
-    """For models outside the attention registry: the prefix is the beginning of the cache, and the mask covers it."""
-    cache, mask = keywords.get("past_key_values"), keywords.get("attention_mask")
-    _refuse_for_cache(model, cache, mask)
-    batch, seq = tokens.shape[:2]
-    cache = DynamicCache() if cache is None else cache
-    past = cache.get_seq_length()
-    if past == 0:
-        _fill(cache, prefix, tokens, model.dtype)
-        past = prefix.length
-    if mask is None:
-        mask = torch.ones(batch, past - prefix.length + seq, dtype=torch.long, device=tokens.device)
-    ones = torch.ones(batch, prefix.length, dtype=mask.dtype, device=mask.device)
-    if _takes_positions(model):
-        index = _query_index(tokens, {**keywords, "attention_mask": mask}).clamp(min=0)
-        keywords["position_ids"] = index + prefix.positions.text_start
-    keywords.update(past_key_values=cache, attention_mask=torch.cat([ones, mask], dim=-1))
-
-
-def _refuse_for_cache(model: PreTrainedModel, cache: Any, mask: Any) -> None:
-    """Refuse what a prefix in the cache cannot serve."""
-    found = ""
-    if _checkpoints(model):
-        found = "gradient checkpointing, which drops the cache"
-    elif isinstance(cache, StaticCache):
-        found = "a static cache, which has no room for it"
-    elif isinstance(mask, Tensor) and mask.ndim != 2:
-        found = f"an attention mask of {mask.ndim} dimensions"
-    if found:
-        raise BackboneError(
-            model.config.model_type,
-            expected="a dynamic cache and a mask [batch, seq] (its architecture takes a prefix only through the cache)",
-            found=found,
-            next_step="do without it, or use an architecture of the attention registry, such as Llama or GPT-2",
-        )
-
-
-def _forget_cache(module: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-    """Without caching nobody asked for the cache that carried the prefix; `generate` would go on with it."""
-    wanted = keywords.get("use_cache")
-    wanted = module.config.use_cache if wanted is None else wanted  # type: ignore[union-attr]
-    if not wanted and "past_key_values" in output:
-        output.past_key_values = None
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
-
-
-def _fill(cache: DynamicCache, prefix: KeyValuePrefix, tokens: Tensor, dtype: torch.dtype) -> None:
-    for layer, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        key, value = (part.to(tokens.device, dtype).expand(tokens.shape[0], -1, -1, -1) for part in pair)
-        cache.update(key, value, layer)
 
 
 def attach(
@@ -243,14 +176,9 @@ def _refuse_unready(model: PreTrainedModel) -> None:
         implementation(model)
 
 
-def _checkpoints(model: PreTrainedModel) -> bool:
-    # By its modules: the model's own property has another name in every other version of transformers.
-    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def _refuse_reentrant(model: PreTrainedModel) -> None:
     """Refuse checkpointing with a backward pass for each layer: the graph of a method can be run through only once."""
-    if not (torch.is_grad_enabled() and _checkpoints(model)):
+    if not (torch.is_grad_enabled() and checkpoints(model)):
         return
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
