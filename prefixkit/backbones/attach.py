@@ -20,7 +20,7 @@ from prefixkit.backbones.attention import KEYWORD, Injected, implementation, ins
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.geometry import measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
-from prefixkit.backbones.positions import query_index
+from prefixkit.backbones.positions import query_index, refuse_unplaceable
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import KeyValuePrefix, key_value_prefix
 from prefixkit.prefix import Prefix, matches
@@ -133,7 +133,7 @@ def attach(
 
     Raises:
         BackboneError: the model has a prefix already, or cannot take this one: its attention implementation, a sliding
-            window that would swallow the prefix, no positions left for text.
+            window that would swallow the prefix, no positions left for text, or none that it could be given.
         MismatchError: the prefix has other layers or shapes than the model, or was made for another backbone.
     """
     _refuse_unready(model)
@@ -208,7 +208,8 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
 
     Raises:
         MismatchError: another number of layers, or other key and value shapes.
-        BackboneError: a sliding window would swallow the prefix, or no position is left for text.
+        BackboneError: a sliding window would swallow the prefix, no position is left for text, or the model cannot
+            place text where the prefix wants it.
     """
     where = model.config.model_type
     geometry = measure(model, where)
@@ -224,6 +225,7 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
             named = f"layer {index} with (kv_heads, key_dim, value_dim) {shapes[0]}"
             raise MismatchError(where, expected=named, found=f"{shapes[1]}", next_step=step)
     refuse_swallowed(geometry, prefix.length, where)
+    refuse_unplaceable(model, prefix.positions, prefix.length)
     room, start = context_length(model.config), prefix.positions.text_start
     if room is not None and start >= room:
         raise BackboneError(

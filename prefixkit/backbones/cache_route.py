@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from prefixkit.backbones.positions import query_index
+from prefixkit.backbones.positions import query_index, takes_positions
 from prefixkit.errors import BackboneError
 from prefixkit.injections import KeyValuePrefix
 
@@ -31,7 +30,7 @@ def through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tensor
     if mask is None:
         mask = torch.ones(batch, past - prefix.length + seq, dtype=torch.long, device=tokens.device)
     ones = torch.ones(batch, prefix.length, dtype=mask.dtype, device=mask.device)
-    if _takes_positions(model):
+    if takes_positions(model):
         index = query_index(tokens, {**keywords, "attention_mask": mask}).clamp(min=0)
         keywords["position_ids"] = index + prefix.positions.text_start
     keywords.update(past_key_values=cache, attention_mask=torch.cat([ones, mask], dim=-1))
@@ -61,10 +60,6 @@ def forget_cache(module: nn.Module, arguments: Any, keywords: dict[str, Any], ou
     wanted = module.config.use_cache if wanted is None else wanted  # type: ignore[union-attr]
     if not wanted and "past_key_values" in output:
         output.past_key_values = None
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
 
 
 def _fill(cache: DynamicCache, prefix: KeyValuePrefix, tokens: Tensor, dtype: torch.dtype) -> None:

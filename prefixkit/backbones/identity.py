@@ -11,6 +11,7 @@ import torch
 from blake3 import blake3
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from prefixkit.backbones.positions import has_alibi
 from prefixkit.format.digest import backbone_digest, config_hash, tokenizer_hash, weight_files
 from prefixkit.format.header import read_header
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
@@ -59,7 +60,7 @@ def _stored_dtype(folder: Path) -> str:
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """How many positions the model was built for; None for ALiBi models, whose positions have no end."""
-    if config.model_type == "bloom" or getattr(config, "alibi", False):
+    if has_alibi(config):
         return None
     length: int | None = getattr(config, "max_position_embeddings", None)
     return length

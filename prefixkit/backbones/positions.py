@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefixkit.errors import BackboneError
+from prefixkit.format.manifest import Positions
 
 
 def query_index(tokens: Tensor, keywords: dict[str, Any]) -> Tensor:
@@ -20,3 +25,28 @@ def query_index(tokens: Tensor, keywords: dict[str, Any]) -> Tensor:
     cache = keywords.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(seq, device=tokens.device) + past).expand(batch, -1)
+
+
+def has_alibi(config: PreTrainedConfig) -> bool:
+    """Whether attention is biased by distance (Press et al. 2022, arXiv 2108.12409), with no positions of its own."""
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether position ids place the text; a model with ALiBi counts the attention mask, whatever its signature says."""
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters and not has_alibi(model.config)
+
+
+def refuse_unplaceable(model: PreTrainedModel, positions: Positions, length: int) -> None:
+    """Refuse text positions that `model` cannot give to the text behind a prefix of `length` slots.
+
+    Raises:
+        BackboneError: the model counts tokens itself, so that its text starts at `length` and nowhere else.
+    """
+    if not takes_positions(model) and positions.text_start != length:
+        raise BackboneError(
+            model.config.model_type,
+            expected=f"text that starts at {length}, behind the prefix (it takes no position ids)",
+            found=f"text that starts at {positions.text_start}",
+            next_step="use a prefix trained with --set method.positions=offset",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefixkit.backbones.masks import causal_mask
+from prefixkit.backbones.positions import has_alibi
+from prefixkit.backbones.positions import takes_positions as takes_positions
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.injections import KeyValuePrefix
 
@@ -89,18 +90,9 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         return length + (self.prefix[0].shape[-2] if self.prefix else 0)
 
 
-def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the model takes position ids; one with ALiBi counts the attention mask instead."""
-    return "position_ids" in inspect.signature(model.forward).parameters and not _has_alibi(model)
-
-
-def _has_alibi(model: PreTrainedModel) -> bool:
-    return model.config.model_type == "bloom" or bool(getattr(model.config, "alibi", False))
-
-
 def _windows(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> dict[str, int | None]:
     """The window of each kind of layer; empty for ALiBi models, which derive their biases from the plain mask."""
-    if _has_alibi(model):
+    if has_alibi(model.config):
         return {}
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(geometry)
     return {kind: layer.window for kind, layer in zip(kinds, geometry, strict=True)}
