@@ -33,7 +33,7 @@ def has_alibi(config: PreTrainedConfig) -> bool:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether position ids place the text; a model with ALiBi counts the attention mask, whatever its signature says."""
+    """Whether position ids place the text; a model with ALiBi counts tokens itself, whatever its signature says."""
     return "position_ids" in inspect.signature(model.get_decoder().forward).parameters and not has_alibi(model.config)
 
 

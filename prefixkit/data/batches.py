@@ -16,7 +16,7 @@ import torch
 from prefixkit.data.readers import Example
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
+from prefixkit.task import ModelTokenizer, encode_target, fit_prompt
 
 IGNORED = -100
 """The label of a token that is not to be learned, as torch's cross entropy has it."""
@@ -32,6 +32,8 @@ class EncodedExample:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    truncated: int = 0
+    """Tokens that the input lost to fit."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -63,10 +65,15 @@ def encode_examples(task: TaskRecord, tokenizer: ModelTokenizer, examples: Itera
 
 def _encoded(task: TaskRecord, tokenizer: ModelTokenizer, example: Example) -> EncodedExample:
     target = encode_target(task, tokenizer, example.target, where=example.where)
-    prompt = encode_prompt(task, tokenizer, example.fields, room=len(target), where=example.where)
+    prompt, lost = fit_prompt(task, tokenizer, example.fields, room=len(target), where=example.where)
     if not prompt or not target:
         raise DataError(example.where, expected="a prompt and a target of a token or more", found="an empty one")
-    return EncodedExample(tuple(prompt), tuple(target))
+    return EncodedExample(tuple(prompt), tuple(target), lost)
+
+
+def count_truncated(examples: Iterable[EncodedExample]) -> int:
+    """How many of `examples` lost a part of their input."""
+    return sum(example.truncated > 0 for example in examples)
 
 
 def collate(examples: Sequence[EncodedExample], *, pad_id: int = 0, side: Side = "right") -> Batch:
@@ -96,8 +103,8 @@ def in_order(
 class TrainingBatches:
     """Batches of similar length in random order, every example exactly once an epoch.
 
-    Steps count from 0 through all epochs, so a step is all the state there is: resume with `from_step(step)`. The
-    last batch that an epoch forms may be smaller than `batch_size`.
+    Steps count from 0 through all epochs, so a step is all the state there is: a resumed run goes on with
+    `batch(step)`. The last batch that an epoch forms may be smaller than `batch_size`.
     """
 
     def __init__(
@@ -128,12 +135,6 @@ class TrainingBatches:
         """Which examples the batch of `step` holds."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]
-
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Batches without end, the first one that of `step`."""
-        while True:
-            yield self.batch(step)
-            step += 1
 
     def _plan(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])

@@ -32,6 +32,13 @@ def encode_prompt(
     A longer input loses tokens from its end, and only the input does: what must survive belongs into the separator.
     A conversation is refused instead, since its end opens the reply. Raises DataError, placed at `where`.
     """
+    return fit_prompt(task, tokenizer, fields, room=room, where=where)[0]
+
+
+def fit_prompt(
+    task: TaskRecord, tokenizer: ModelTokenizer, fields: Fields, *, room: int = 0, where: str = "prompt"
+) -> tuple[list[int], int]:
+    """What `encode_prompt` gives, and how many tokens the input lost for it."""
     head = [_bos_id(task, tokenizer)] if task.bos == "after" else []
     body = _conversation(task, tokenizer, fields, where) if is_chat(task) else _input(task, tokenizer, fields, where)
     separator = tokenizer.encode_marked([(task.separator, True)])
@@ -43,7 +50,7 @@ def encode_prompt(
             found=f"{len(head) + len(separator) + room + (len(body) if is_chat(task) else 0)} that cannot be shortened",
             next_step="shorten it, or raise max_length where the model's context allows",
         )
-    return head + body[:allowed] + separator
+    return head + body[:allowed] + separator, max(0, len(body) - allowed)
 
 
 def encode_target(task: TaskRecord, tokenizer: ModelTokenizer, text: str, *, where: str = "target") -> list[int]:

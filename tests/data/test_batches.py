@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from itertools import islice
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from prefixkit.data.batches import (
     EncodedExample,
     TrainingBatches,
     collate,
+    count_truncated,
     encode_examples,
     in_order,
 )
@@ -49,8 +50,19 @@ def test_long_input_is_cut_and_long_target_refused() -> None:
     (encoded,) = encode_examples(task, tokenizer, [Example({"input": "word " * 99}, "Blue . ")])
     assert len(encoded) == 40
     assert encoded.prompt[-1] == tokenizer.eos_id
+    whole = encode_prompt(replace(task, max_length=999), tokenizer, {"input": "word " * 99})
+    assert encoded.truncated == len(whole) - len(encoded.prompt) > 0
     with pytest.raises(DataError, match=r"d\.jsonl:5: expected at most 40 tokens"):
         encode_examples(task, tokenizer, [Example({"input": "a"}, "word " * 99, "d.jsonl:5")])
+
+
+def test_examples_that_lost_input_are_counted() -> None:
+    tokenizer = small_tokenizer()
+    task = load_task("e2e", tokenizer, max_length=40)
+    examples = [Example({"input": text}, "Blue . ") for text in ("word " * 99, "short", "word " * 50)]
+    encoded = encode_examples(task, tokenizer, examples)
+    assert [example.truncated > 0 for example in encoded] == [True, False, True]
+    assert count_truncated(encoded) == 2
 
 
 @pytest.mark.parametrize(
@@ -79,10 +91,11 @@ def test_every_example_once_an_epoch(count: int) -> None:
 
 
 def test_resuming_at_any_step_gives_the_same_batches() -> None:
-    uninterrupted = list(islice(TrainingBatches(ragged(50), batch_size=8, seed=3).from_step(0), 25))
-    for step in (0, 1, 6, 7, 8, 20):
-        resumed = TrainingBatches(ragged(50), batch_size=8, seed=3).from_step(step)
-        assert all(same(*pair) for pair in zip(uninterrupted[step:], resumed, strict=False))
+    first = TrainingBatches(ragged(50), batch_size=8, seed=3)
+    uninterrupted = [first.batch(step) for step in range(25)]
+    for start in (0, 1, 6, 7, 8, 20):
+        resumed = TrainingBatches(ragged(50), batch_size=8, seed=3)
+        assert all(same(uninterrupted[step], resumed.batch(step)) for step in range(start, 25))
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
