@@ -128,10 +128,12 @@ def matches(prefix: Prefix, identity: BackboneIdentity, allow_mismatch: bool = F
     """Check that `identity` is the backbone that `prefix` was made for.
 
     Args:
-        allow_mismatch: accept another configuration or other weights; other shapes stay refused, as they cannot run.
+        allow_mismatch: accept another configuration, other weights or another tokenizer; other shapes stay refused, as
+            they cannot run.
 
     Returns:
-        The deepest level that was compared and is equal: `weights`, or `config` or `geometry` where hashes are unknown.
+        The deepest level of the model that was compared and is equal: `weights`, or `config` or `geometry`
+        where hashes are unknown.
 
     Raises:
         MismatchError: in one line, the level that was checked and what differs.

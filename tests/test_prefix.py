@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,22 @@ def test_a_mismatch_can_be_allowed_but_not_of_shapes() -> None:
     assert matches(prefix, replace(weights, family="llama"), allow_mismatch=True) == "geometry"
     with pytest.raises(MismatchError):
         matches(prefix, replace(IDENTITY, hidden_size=16), allow_mismatch=True)
+
+
+def test_another_tokenizer_is_a_level_of_its_own() -> None:
+    hashes = ["b3-v1:" + digit * 64 for digit in "01"]
+    prefix = small_prefix()
+    trained = replace(IDENTITY, tokenizer_hash=hashes[0])
+    prefix = Prefix(replace(prefix.manifest, backbone=trained), prefix.tensors)
+    assert matches(prefix, trained) == "weights"
+    assert matches(prefix, IDENTITY) == "weights"
+    other = replace(IDENTITY, tokenizer_hash=hashes[1])
+    told = f"tokenizer hash {hashes[0]}; found {hashes[1]} (checked tokenizer; geometry, config and weights agree); use"
+    with pytest.raises(MismatchError, match=re.escape(told)):
+        matches(prefix, other)
+    assert matches(prefix, other, allow_mismatch=True) == "weights"
+    with pytest.raises(MismatchError, match="checked tokenizer; geometry and config agree"):
+        matches(prefix, replace(other, weights_hash=None))
 
 
 def test_what_a_file_does_not_know_is_not_compared() -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from prefixkit.backbones.decoder import Decoder
+    from prefixkit.format.manifest import TaskRecord
+    from prefixkit.prefix import Prefix
+    from prefixkit.task import ModelTokenizer
 
 
 def register(app: typer.Typer) -> None:
@@ -30,42 +39,54 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it."""
-    from prefixkit.backbones.load import load_backbone
-    from prefixkit.cli.training_display import progress_of, quiet_transformers
+    from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.data.batches import encode_examples
     from prefixkit.data.readers import read_examples
     from prefixkit.injections import key_value_prefix
-    from prefixkit.prefix import load, matches
-    from prefixkit.task import input_fields, load_tokenizer
+    from prefixkit.prefix import load
+    from prefixkit.task import input_fields
     from prefixkit.training import evaluation
     from prefixkit.training.loop import mean_loss
-    from prefixkit.training.preparation import device as chosen
 
     quiet_transformers()
     loaded = load(prefix)
     task = required_task(prefix, loaded.manifest.task)
-    model = load_backbone(backbone, device=chosen(device), dtype=dtype)
-    matches(loaded, model.identity, allow_mismatch=allow_mismatch)
-    tokenizer = load_tokenizer(model.folder)
+    model, tokenizer = _fitting(loaded, task, backbone, device, dtype, allow_mismatch)
     groups = evaluation.grouped(read_examples(data, fields=input_fields(task)), limit)
     injection = None if no_prefix else key_value_prefix(loaded)
     examples = encode_examples(task, tokenizer, evaluation.ungrouped(groups))
-    with progress_of("writing", len(groups)) as done:
-        written = evaluation.write(
-            model,
-            task,
-            tokenizer,
-            groups,
-            injection,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            done=done,
-        )
+    generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with _progress(len(groups)) as done:
+        written = evaluation.write(model, task, tokenizer, groups, injection, **generation, done=done)
     metrics = {"loss": mean_loss(model, examples, injection, batch_size), **evaluation.scores(written)}
     if output is not None:
         _write(output, written)
     _print(metrics, len(groups), len(examples), as_json)
+
+
+def _fitting(
+    prefix: Prefix, task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
+) -> tuple[Decoder, ModelTokenizer]:
+    """The backbone that the prefix was made for, and its tokenizer, which can do what the task promises."""
+    from prefixkit.backbones.load import load_backbone
+    from prefixkit.prefix import matches
+    from prefixkit.task import check_task, load_tokenizer
+    from prefixkit.training.preparation import device as chosen
+
+    model = load_backbone(backbone, device=chosen(device), dtype=dtype)
+    matches(prefix, model.identity, allow_mismatch=allow_mismatch)
+    tokenizer = load_tokenizer(model.folder)
+    check_task(task, tokenizer)
+    return model, tokenizer
+
+
+def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar on a terminal; nothing in a log file, where it would leave a blank line."""
+    from prefixkit.cli.training_display import progress_of
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        return progress_of("writing", total)
+    return nullcontext(lambda done: None)
 
 
 def required_task(where: Path, task: Any) -> Any:

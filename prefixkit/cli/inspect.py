@@ -88,11 +88,11 @@ def _tensors(stored: StoredPrefix) -> list[dict[str, Any]]:
 
 
 def _match(stored: StoredPrefix, folder: Path) -> dict[str, Any]:
-    from prefixkit.format.digest import tokenizer_hash
     from prefixkit.format.manifest import parse
     from prefixkit.format.match import check, facts, folder_facts
 
-    made_for = parse(stored.document).backbone
-    level = check(f"{stored.path} on {folder}", facts(made_for), folder_facts(folder))
-    known = made_for.tokenizer_hash is not None
-    return {"level": level, "same_tokenizer": made_for.tokenizer_hash == tokenizer_hash(folder) if known else None}
+    made_for, found = facts(parse(stored.document).backbone), folder_facts(folder)
+    level = check(f"{stored.path} on {folder}", made_for, found)
+    # A tokenizer that differs has been refused.
+    compared = None not in (*made_for["tokenizer"].values(), *found["tokenizer"].values())
+    return {"level": level, "same_tokenizer": True if compared else None}

@@ -83,8 +83,8 @@ def _match(match: Mapping[str, Any] | None) -> Iterator[Row]:
     if match is None:
         return
     yield "fits backbone", _LEVELS[match["level"]] if match["level"] else "no"
-    if match.get("same_tokenizer") is False:
-        yield "tokenizer", "another file than in training: token ids may differ"
+    if match["level"] and match["same_tokenizer"] is None:
+        yield "tokenizer", "not compared: the prefix or the folder does not say which"
 
 
 def _injection(record: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

@@ -1,16 +1,17 @@
-"""Whether a backbone is the one that a prefix was made for, level by level: geometry, config, weights."""
+"""Whether a backbone is the one that a prefix was made for, level by level: geometry, config, weights, tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from prefixkit.errors import MismatchError
-from prefixkit.format.digest import backbone_digest, config_hash, read_config
+from prefixkit.format.digest import backbone_digest, config_hash, read_config, tokenizer_hash
 from prefixkit.format.manifest import BackboneIdentity
 
-Level = Literal["geometry", "config", "weights"]
+Level = Literal["geometry", "config", "weights", "tokenizer"]
+LEVELS: tuple[Level, ...] = ("geometry", "config", "weights", "tokenizer")
 Facts = Mapping[Level, Mapping[str, object]]
 """What is known of a backbone, by level and name; None is unknown and not compared."""
 
@@ -33,6 +34,7 @@ def facts(identity: BackboneIdentity) -> Facts:
             "config hash": identity.config_hash,
         },
         "weights": {"weights hash": identity.weights_hash},
+        "tokenizer": {"tokenizer hash": identity.tokenizer_hash},
     }
 
 
@@ -53,22 +55,24 @@ def folder_facts(folder: str | Path) -> Facts:
             "config hash": config_hash(folder),
         },
         "weights": {"weights hash": weights},
+        "tokenizer": {"tokenizer hash": tokenizer_hash(folder)},
     }
 
 
 def check(where: object, wanted: Facts, found: Facts, *, allow_mismatch: bool = False) -> Level:
-    """Compare level by level and return the deepest one that was compared and is equal.
+    """Compare level by level and return the deepest one of the model that was compared and is equal.
 
     Args:
         where: what the message names.
-        allow_mismatch: accept another configuration or other weights. Another geometry cannot run and stays refused.
+        allow_mismatch: accept another configuration, other weights or another tokenizer. Another geometry cannot
+            run and stays refused.
 
     Raises:
         MismatchError: in one line, the level and what differs.
     """
     reached: Level = "geometry"
-    levels: tuple[Level, ...] = ("geometry", "config", "weights")
-    for level in levels:
+    agreed: list[Level] = []
+    for level in LEVELS:
         known = [
             name for name, fact in wanted[level].items() if fact is not None and found[level].get(name) is not None
         ]
@@ -76,20 +80,21 @@ def check(where: object, wanted: Facts, found: Facts, *, allow_mismatch: bool = 
             if wanted[level][name] != found[level][name]:
                 if allow_mismatch and level != "geometry":
                     return reached
-                raise _mismatch(where, level, name, wanted[level][name], found[level][name])
-        if any(name.endswith("hash") for name in known):
+                raise _mismatch(where, f"{name} {wanted[level][name]}", str(found[level][name]), level, agreed)
+        agreed += [level] if known else []
+        # The same tokenizer says nothing of the model.
+        if level != "tokenizer" and any(name.endswith("hash") for name in known):
             reached = level
     return reached
 
 
-def _mismatch(where: object, level: Level, name: str, wanted: object, found: object) -> MismatchError:
-    equal = {"geometry": "", "config": "; geometry agrees", "weights": "; geometry and config agree"}[level]
-    return MismatchError(
-        where,
-        expected=f"{name} {wanted}",
-        found=f"{found} (checked {level}{equal})",
-        next_step="use the backbone that the prefix was trained on",
-    )
+def _mismatch(where: object, expected: str, found: str, level: Level, agreed: Sequence[Level]) -> MismatchError:
+    *others, last = agreed or ("",)
+    equal = f"; {', '.join(others)} and {last} agree" if others else f"; {last} agrees" if last else ""
+    step = "use the backbone that the prefix was trained on"
+    if level == "tokenizer":
+        step = "use the tokenizer.json of training, or allow the mismatch if it was only saved anew"
+    return MismatchError(where, expected=expected, found=f"{found} (checked {level}{equal})", next_step=step)
 
 
 def _depth(identity: BackboneIdentity) -> int:

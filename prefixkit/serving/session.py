@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from prefixkit.errors import ConfigError
+from prefixkit.errors import ConfigError, MismatchError
+from prefixkit.format.digest import tokenizer_hash
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix, load, matches
 from prefixkit.serving.generation import Completion, Piece, Prompt, write
@@ -53,14 +54,23 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
-        """The tokenizer in the folder."""
+        """The tokenizer in the folder. Raises MismatchError for another one than was exported."""
+        expected, found = self.report.backbone.tokenizer_hash, tokenizer_hash(self.report.folder)
+        if expected is not None and found not in (expected, None):
+            raise MismatchError(
+                self.report.folder / "tokenizer.json",
+                expected=f"the exported one, {expected}",
+                found=found or "",
+                next_step="export again with the tokenizer that you want",
+            )
         return load_tokenizer(self.report.folder)
 
     def add_prefix(self, name: str, prefix: str | Path | Prefix, *, allow_mismatch: bool = False) -> None:
         """Make `prefix` available under `name`, without touching the model.
 
         Raises:
-            MismatchError: it was made for another backbone; `allow_mismatch` takes other weights of equal shapes.
+            MismatchError: it was made for another backbone; `allow_mismatch` takes another tokenizer or other
+                weights of equal shapes.
             InputError: a damaged file, or a folder whose one prefix is inside its graph.
         """
         if self.report.baked:

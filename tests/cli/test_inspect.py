@@ -232,12 +232,24 @@ def test_another_backbone_is_named_with_its_level(
     assert json.loads(capsys.readouterr().out)["match"]["level"] is None
 
 
-def test_another_tokenizer_is_a_warning(fitting: tuple[Path, Path], tmp_path: Path, capsys: Out) -> None:
+def test_another_tokenizer_is_refused(fitting: tuple[Path, Path], tmp_path: Path, capsys: Out) -> None:
     path, folder = fitting
     other = copied(folder, tmp_path / "other")
     (other / "tokenizer.json").write_text("{}")
+    assert run(["inspect", str(path), "--backbone", str(other)]) == 2
+    told = capsys.readouterr()
+    assert re.search(r"fits backbone +no\n", told.out)
+    assert "(checked tokenizer; geometry, config and weights agree)" in told.err
+
+
+def test_a_folder_without_a_tokenizer_is_told(fitting: tuple[Path, Path], tmp_path: Path, capsys: Out) -> None:
+    path, folder = fitting
+    other = copied(folder, tmp_path / "other")
+    (other / "tokenizer.json").unlink()
     assert run(["inspect", str(path), "--backbone", str(other)]) == 0
-    assert "another file than in training" in capsys.readouterr().out
+    assert re.search(r"tokenizer +not compared", capsys.readouterr().out)
+    assert run(["inspect", str(path), "--backbone", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["match"] == {"level": "weights", "same_tokenizer": None}
 
 
 def test_a_folder_that_is_no_backbone(capsys: Out, tmp_path: Path) -> None:

@@ -205,6 +205,14 @@ def test_prefix_exchanged_in_the_folder_is_checked(family: str, tmp_path: Path) 
         Session(folder)
 
 
+def test_tokenizer_exchanged_in_the_folder_is_refused(family: str, tmp_path: Path) -> None:
+    folder = copied(family, tmp_path)
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"!":', '"?!":'))
+    with pytest.raises(MismatchError, match=r"tokenizer.json: expected the exported one, b3-v1:\w+; found b3-v1:"):
+        Session(folder, device="cpu", threads=1).generate(["x"], max_new_tokens=1)
+
+
 def test_cuda_is_never_claimed_without_a_gpu(family: str) -> None:
     made = Session(exported(family).folder, threads=1)
     providers = made.runtime.session.get_providers()
