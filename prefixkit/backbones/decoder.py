@@ -51,6 +51,13 @@ class Decoder:
         """Positions the model knows, prefix included; None where its positions have no end."""
         return self.identity.context_length
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that `key_values_of` takes at most, by sliding windows and the context; None without a limit."""
+        windows = [layer.window - 1 for layer in self.geometry if layer.window is not None]
+        limits = windows if self.context_length is None else [*windows, self.context_length]
+        return min(limits, default=None)
+
     @contextmanager
     def injected(self, prefix: KeyValuePrefix | None) -> Iterator[PreTrainedModel]:
         """The model with `prefix` in it for the length of a `with` block."""

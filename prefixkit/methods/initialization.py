@@ -22,6 +22,11 @@ from prefixkit.injections import KeyValuePrefix
 class KeyValueSource(Protocol):
     """A backbone, as far as initialisation needs one."""
 
+    @property
+    def longest_text(self) -> int | None:
+        """How many tokens `key_values_of` takes at most; None without a limit."""
+        ...
+
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
         """The keys and values of a text at positions 0, 1, …"""
         ...
@@ -40,8 +45,12 @@ def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> 
 
 
 def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, seed: int) -> KeyValuePrefix:
-    """Normal numbers with the mean and spread that each layer's keys and values have on a real text."""
-    text = from_text(source, token_ids, max(length, len(token_ids)))
+    """Normal numbers with the mean and spread that each layer's keys and values have on a real text.
+
+    The text is `token_ids`, repeated to `length` where it is shorter and cut to what the backbone takes.
+    """
+    sampled = max(length, len(token_ids))
+    text = from_text(source, token_ids, min(sampled, source.longest_text or sampled))
     generator = torch.Generator().manual_seed(seed)
     return replace(
         text,

@@ -10,7 +10,7 @@ from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.methods import initialization
 from prefixkit.methods.prefix_tuning import PrefixTuning
-from tests.architectures import tiny
+from tests.architectures import WINDOW, tiny
 from tests.backbones.test_decoder import wrap
 
 
@@ -87,6 +87,7 @@ def test_gradient_equals_finite_differences() -> None:
 def test_random_start_has_the_models_own_scale() -> None:
     decoder = wrap(tiny("llama"))
     words = list(range(1, 60))
+    assert decoder.longest_text == 128
     text = decoder.key_values_of(words)
     drawn = initialization.random_like(decoder, words, 400, seed=0)
     assert drawn.length == drawn.positions.text_start == 400
@@ -94,6 +95,17 @@ def test_random_start_has_the_models_own_scale() -> None:
         assert random.std().item() == pytest.approx(real.std().item(), rel=0.1)
     assert difference(drawn, initialization.random_like(decoder, words, 400, seed=0)) == 0.0
     assert difference(drawn, initialization.random_like(decoder, words, 400, seed=1)) > 0.1
+
+
+@pytest.mark.parametrize(("family", "longest"), [("mistral_window", WINDOW - 1), ("gpt2", 128)])
+def test_random_start_takes_no_more_text_than_the_backbone_does(family: str, longest: int) -> None:
+    """A first example as long as the window is no reason to refuse a prefix of four slots."""
+    decoder = wrap(tiny(family))
+    words = list(range(1, 200))
+    assert decoder.longest_text == longest
+    drawn = initialization.random_like(decoder, words, 4, seed=0)
+    assert drawn.length == drawn.positions.text_start == 4
+    assert difference(drawn, initialization.random_like(decoder, words[:longest], 4, seed=0)) == 0.0
 
 
 def test_short_text_is_repeated_and_long_text_is_cut() -> None:
