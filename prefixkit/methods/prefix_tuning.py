@@ -23,15 +23,17 @@ class PrefixTuning(nn.Module):
     """A trainable key-value prefix. Calling the module gives the current `KeyValuePrefix`, with gradients.
 
     Args:
-        start: where training begins.
+        start: where training begins; its `frozen_slots` leading slots stay what they are.
         reparameterization: `none` trains the prefix itself, `mlp` a two-layer network that produces it.
         hidden: width of the MLP's embedding; the official code takes the backbone's hidden size.
         bottleneck: width of the MLP's middle layer.
         paper_start: with `mlp`, begin at the MLP's own random output as the official code does, not at `start`.
 
     Raises:
-        ConfigError: an unknown reparametrisation.
+        ConfigError: an unknown reparametrisation, or no slot that is not frozen.
     """
+
+    frozen: Tensor | None
 
     def __init__(
         self,
@@ -47,7 +49,11 @@ class PrefixTuning(nn.Module):
         self._layout = replace(
             start, keys=tuple(map(_shape_only, start.keys)), values=tuple(map(_shape_only, start.values))
         )
-        flat = _flatten(start)
+        _refuse_all_frozen(start)
+        # Frozen slots are no parameters, so that neither weight decay nor an MLP's shared layers can move them.
+        whole = _flatten(start)
+        self.register_buffer("frozen", whole[: start.frozen_slots].clone() if start.frozen_slots else None)
+        flat = whole[start.frozen_slots :]
         if reparameterization == "none":
             self.prefix: nn.Module = Direct(flat)
         elif reparameterization == "mlp":
@@ -59,12 +65,26 @@ class PrefixTuning(nn.Module):
 
     def forward(self) -> KeyValuePrefix:
         """The prefix that the current parameters make."""
-        return _unflatten(self.prefix(), self._layout)
+        return _unflatten(self._flat(), self._layout)
 
     @torch.no_grad()
     def fold(self) -> KeyValuePrefix:
         """The prefix as constants: any reparametrisation is computed once and left behind."""
-        return _unflatten(self.prefix().detach().clone(), self._layout)
+        return _unflatten(self._flat().detach().clone(), self._layout)
+
+    def _flat(self) -> Tensor:
+        trained: Tensor = self.prefix()
+        return trained if self.frozen is None else torch.cat([self.frozen, trained])
+
+
+def _refuse_all_frozen(start: KeyValuePrefix) -> None:
+    if start.length and start.frozen_slots >= start.length:
+        raise ConfigError(
+            "--length",
+            expected="a slot to train behind the frozen ones",
+            found=f"{start.frozen_slots} of {start.length} frozen",
+            next_step=f"use --length {start.frozen_slots + 1} or more",
+        )
 
 
 def _shape_only(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,39 @@ def test_folded_mlp_equals_the_unfolded_one() -> None:
     method = PrefixTuning(start(), reparameterization="mlp", hidden=16, bottleneck=12, paper_start=True)
     assert difference(method(), start()) > 0.1
     assert difference(method.fold(), method()) <= 1e-6
+
+
+@pytest.mark.parametrize("paper_start", [False, True])
+@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
+def test_frozen_slots_stay_bit_for_bit_while_the_others_learn(reparameterization: str, paper_start: bool) -> None:
+    begin = replace(start(), frozen_slots=2)
+    method = PrefixTuning(begin, reparameterization=reparameterization, paper_start=paper_start)
+    first = method.fold()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        made = method()
+        for part in (*made.keys, *made.values):
+            part.pow(2).sum().backward(retain_graph=True)
+        optimizer.step()
+    folded = method.fold()
+    for part in ("keys", "values"):
+        for old, initial, new in zip(getattr(begin, part), getattr(first, part), getattr(folded, part), strict=True):
+            assert torch.equal(new[:, :2], old[:, :2])
+            assert (new[:, 2:] - initial[:, 2:]).abs().min() > 0
+    assert (folded.length, folded.frozen_slots, folded.record().frozen_slots) == (5, 2, 2)
+
+
+def test_frozen_slots_come_back_from_a_state_dict() -> None:
+    one = PrefixTuning(replace(start(), frozen_slots=1))
+    other = PrefixTuning(replace(one(), frozen_slots=1, keys=tuple(key * 2 for key in one().keys)))
+    other.load_state_dict(one.state_dict())
+    assert difference(other(), start()) == 0.0
+    assert set(PrefixTuning(start()).state_dict()) == {"prefix.prefix"}
+
+
+def test_a_prefix_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="found 5 of 5 frozen; use --length 6 or more"):
+        PrefixTuning(replace(start(), frozen_slots=5))
 
 
 def test_layers_of_different_shape_keep_their_shapes() -> None:
