@@ -63,7 +63,7 @@ def train(
     from prefixkit.training.loop import train as run
 
     quiet_transformers()
-    run_config = from_mapping(settings)
+    run_config = from_mapping(settings, str(config) if config is not None else "train")
     with TrainingDisplay() as display:
         prefix = run(run_config, resume=resume, listener=display)
     _print_result(run_config.output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)

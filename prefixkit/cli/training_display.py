@@ -40,7 +40,9 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        # Stopping a bar that never started prints an empty line.
+        if self.console.is_terminal:
+            self.bar.stop()
 
     def on_step(self, step: Step) -> None:
         """Smooth the loss, count tokens, and redraw."""
@@ -78,7 +80,8 @@ class TrainingDisplay:
 @contextmanager
 def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error for `total` things; the function it yields hears how many are done."""
-    bar = Progress(console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -16,8 +16,8 @@ from prefixkit.methods.prefix_tuning import PrefixTuning
 from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
-# What may differ between a run and its continuation: places (their contents are compared by hash) and when to stop.
-_FREE = {"backbone", "data", "output", "device", "evaluation.patience"}
+# What may differ between a run and its continuation: places, whose contents are compared instead, and when to stop.
+_PLACES = {"backbone", "data", "eval_data", "task", "output", "device", "method.init", "evaluation.patience"}
 
 
 @dataclass
@@ -29,6 +29,7 @@ class State:
         last_loss: nats a target token on the last batch.
         best_loss, best_step, best: the best validation so far and the method's parameters then.
         stale: validations since the best one.
+        validated: the step that was validated last.
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class State:
     best_step: int = 0
     best: dict[str, Tensor] | None = None
     stale: int = 0
+    validated: int = 0
 
 
 def path_of(output: str | Path) -> Path:
@@ -69,19 +71,22 @@ def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
     """
     path = path_of(prepared.config.output)
     stored = _read(path)
-    ours, theirs = _run(prepared), stored["run"]
+    ours, theirs = _run(prepared), stored.get("run", {})
     for key in sorted(ours.keys() | theirs.keys()):
-        if key not in _FREE and ours.get(key) != theirs.get(key):
+        if ours.get(key) != theirs.get(key):
             raise ConfigError(
                 path,
                 expected=f"{key} = {theirs.get(key)!r} as when the run began",
                 found=repr(ours.get(key)),
                 next_step="resume with the same settings, or start anew without --resume",
             )
-    prepared.method.load_state_dict(stored["method"])
-    optimizer.load_state_dict(stored["optimizer"])
-    torch.set_rng_state(stored["random"])
-    return State(**stored["state"])
+    try:
+        prepared.method.load_state_dict(stored["method"])
+        optimizer.load_state_dict(stored["optimizer"])
+        torch.set_rng_state(stored["random"])
+        return State(**stored["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def best_method(method: PrefixTuning, state: State) -> None:
@@ -97,18 +102,29 @@ def _read(path: Path) -> dict[str, Any]:
         step = "start without --resume"
         raise ConfigError(path, expected="a checkpoint to resume", found="none", next_step=step) from error
     except Exception as error:  # a damaged file fails in many ways inside torch
-        raise ConfigError(path, expected="a readable checkpoint", found=type(error).__name__) from error
+        raise _unreadable(path, error) from error
     if not isinstance(stored, dict) or stored.get("layout") != LAYOUT:
         step = "start without --resume"
         raise ConfigError(path, expected=f"layout {LAYOUT}", found="another version's", next_step=step)
     return stored
 
 
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    found = f"a damaged one ({type(error).__name__})"
+    return ConfigError(path, expected="a readable checkpoint", found=found, next_step="start without --resume")
+
+
 def _run(prepared: Prepared) -> dict[str, Any]:
-    """What must be equal for a continuation to be the same run, flat."""
-    identity = prepared.backbone.identity
-    run: dict[str, Any] = {"weights": identity.weights_hash, "data hash": prepared.data_hash}
+    """What must be equal for a continuation to be the same run, flat: settings, and the contents of every file."""
+    run: dict[str, Any] = {}
     for key, value in asdict(prepared.config).items():
         inner = value.items() if isinstance(value, dict) else ()
         run.update({f"{key}.{name}": item for name, item in inner} if inner else {key: value})
-    return run
+    return {key: value for key, value in run.items() if key not in _PLACES} | {
+        "backbone weights": prepared.backbone.identity.weights_hash,
+        "tokenizer": prepared.backbone.identity.tokenizer_hash,
+        "training data": prepared.data_hash,
+        "validation data": prepared.validation_hash,
+        "task contract": str(prepared.task),
+        "initial prefix": prepared.start_digest,
+    }

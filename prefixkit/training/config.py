@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any, get_args, get_type_hints
 
 from prefixkit.errors import ConfigError
 from prefixkit.methods.catalogue import METHODS
 from prefixkit.spelling import did_you_mean
 
+_LARGEST = 1e6
+"""No epochs, learning rate, norm or decay beyond it makes sense, and arithmetic ends somewhere."""
+_LARGEST_SEED = 2**53 - 1
 CHOICES = {
     "reparameterization": ("none", "mlp"),
     "positions": ("offset", "none"),
@@ -43,6 +46,9 @@ class MethodConfig:
     bottleneck: int = 512
     positions: str = "offset"
 
+    def __post_init__(self) -> None:
+        _coerce(self, "method.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -59,6 +65,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     loss: str = "mean"
 
+    def __post_init__(self) -> None:
+        _coerce(self, "optimizer.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -73,6 +82,9 @@ class EvaluationConfig:
     every: int = 0
     patience: int = 0
     limit: int = 512
+
+    def __post_init__(self) -> None:
+        _coerce(self, "evaluation.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +107,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        _coerce(self, "")
         _check(self)
 
 
@@ -154,14 +167,27 @@ def _record(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
     return kind(**given)
 
 
+def _coerce(config: Any, section: str) -> None:
+    """Check the types of a record that was made in Python; paths become strings and whole numbers floats."""
+    for name, hint in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _typed(getattr(config, name), hint, f"{section}{name}"))
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     accepted = get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         return float(value)
+    if str in accepted and isinstance(value, PurePath):
+        return str(value)
     if type(value) not in accepted:
-        names = " or ".join(sorted(kind.__name__ for kind in accepted if kind is not type(None)))
-        raise ConfigError(where, expected=f"a value of type {names}", found=repr(value))
+        names = " or ".join(sorted(_kind(kind) for kind in accepted if kind is not type(None)))
+        raise ConfigError(where, expected=names, found=repr(value), next_step="see the settings of `prefixkit train`")
     return value
+
+
+def _kind(kind: type[Any]) -> str:
+    named = {int: "a whole number", float: "a number", str: "a string"}
+    return f"a section of {', '.join(entry.name for entry in fields(kind))}" if is_dataclass(kind) else named[kind]
 
 
 def _check(config: TrainConfig) -> None:
@@ -181,7 +207,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    least = {
+    least: dict[str, tuple[int | None, int]] = {
         "--length": (config.method.length, 1),
         "--batch-size": (config.batch_size, 1),
         "--steps": (config.steps, 0),
@@ -195,9 +221,19 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, (number, lowest) in least.items():
         if number is not None and number < lowest:
             raise ConfigError(name, expected=f"at least {lowest}", found=str(number))
-    for name, amount in (("--epochs", config.epochs), ("--lr", config.optimizer.lr)):
-        if amount is not None and not 0 < amount < float("inf"):
-            raise ConfigError(name, expected="a positive number", found=str(amount))
+    if config.seed > _LARGEST_SEED:
+        raise ConfigError("--seed", expected=f"at most {_LARGEST_SEED}, the largest in JSON", found=str(config.seed))
+    positive = {
+        "--epochs": config.epochs,
+        "--lr": config.optimizer.lr,
+        "max_grad_norm": config.optimizer.max_grad_norm,
+    }
+    for name, amount in positive.items():
+        if amount is not None and not 0 < amount <= _LARGEST:
+            raise ConfigError(name, expected=f"a positive number, at most {_LARGEST:g}", found=str(amount))
+    decay = config.optimizer.weight_decay
+    if not 0 <= decay <= _LARGEST:
+        raise ConfigError("weight_decay", expected=f"from 0 to {_LARGEST:g}", found=str(decay))
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:

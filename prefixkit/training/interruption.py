@@ -11,11 +11,16 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class AtOnce(KeyboardInterrupt):
+    """The second Ctrl-C: it may have met a step half done, so only the last checkpoint is to be trusted."""
+
+
 @contextmanager
-def between_steps() -> Iterator[Callable[[], None]]:
+def between_steps(tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Hold back Ctrl-C and SIGTERM; the function that is yielded raises KeyboardInterrupt if one of them came.
 
-    Only the main thread can hold signals back; in another one nothing changes.
+    A second one raises `AtOnce` wherever it meets the program. Only the main thread can hold signals back; in another
+    one nothing changes.
     """
     pressed: list[int] = []
 
@@ -24,7 +29,10 @@ def between_steps() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     def remember(number: int, frame: Any) -> None:
+        if pressed:
+            raise AtOnce
         pressed.append(number)
+        tell("finishing this step; once more stops at once and keeps the last checkpoint only")
 
     if threading.current_thread() is not threading.main_thread():
         yield check

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -11,20 +11,18 @@ from prefixkit import __version__
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.data.batches import Batch, EncodedExample, in_order
-from prefixkit.errors import PrefixkitError
+from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
-from prefixkit.training.interruption import between_steps
+from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.objectives import cross_entropy_sum, next_token_positions, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 
-# Chosen by tests/bench/defaults.py.
-DEFAULT_LR = {"none": 1e-1, "mlp": 2e-3}
 _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
 
@@ -45,10 +43,14 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
     prepared = prepare(config)
     optimizer = make_optimizer(prepared)
     state = checkpoint.restore(prepared, optimizer) if resume else State()
+    if not resume and checkpoint.path_of(config.output).exists():
+        listener.on_message(f"starting anew: {checkpoint.path_of(config.output)} of an earlier run will be replaced")
     frozen = memory_digest(prepared.backbone.model)
     try:
-        with between_steps() as check:
+        with between_steps(listener.on_message) as check:
             run(prepared, optimizer, state, listener, check)
+    except AtOnce:
+        raise
     except KeyboardInterrupt:
         kept = checkpoint.save(prepared, optimizer, state)
         save(result(prepared, state), config.output)
@@ -64,10 +66,8 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
 def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
     """AdamW over the method's parameters; the backbone's are not in it."""
     settings = prepared.config.optimizer
-    lr = settings.lr if settings.lr is not None else DEFAULT_LR[prepared.config.method.reparameterization]
-    # `initial_lr` rides along in the optimizer's state, so that a resumed run decays from the same peak.
-    group = {"params": list(prepared.method.parameters()), "initial_lr": lr}
-    return torch.optim.AdamW([group], lr=lr, weight_decay=settings.weight_decay)
+    assert settings.lr is not None
+    return torch.optim.AdamW(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def run(
@@ -80,23 +80,36 @@ def run(
     """Step from where `state` stands to the end, validating and keeping checkpoints on the way.
 
     `check` is called where the state is whole; it may raise to end the run there.
+
+    Raises:
+        ConfigError: the loss is no longer a number.
     """
-    every = prepared.config.evaluation.every or max(1, prepared.total_steps // 10)
-    while state.step < prepared.total_steps:
+    evaluation = prepared.config.evaluation
+    every = evaluation.every or max(1, prepared.total_steps // 10)
+    while True:
+        finished = state.step == prepared.total_steps
+        if state.step != state.validated and (finished or state.step % every == 0):
+            validate(prepared, state, listener)
+            checkpoint.save(prepared, optimizer, state)
+        if evaluation.patience and state.stale >= evaluation.patience:
+            listener.on_message(f"stopped early at step {state.step}: {state.stale} validations without improvement")
+            return
+        if finished:
+            return
         check()
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(state.step, prepared)
+            group["lr"] = optimizer.defaults["lr"] * schedule(state.step, prepared)
         batch = prepared.batches.batch(state.step)
         state.last_loss = step(prepared, optimizer, batch)
         state.step += 1
+        _refuse_divergence(state)
         listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
-        if state.step % every == 0 or state.step == prepared.total_steps:
-            validate(prepared, state, listener)
-            checkpoint.save(prepared, optimizer, state)
-            patience = prepared.config.evaluation.patience
-            if patience and state.stale >= patience:
-                listener.on_message(f"stopped early at step {state.step}: no improvement in {patience} validations")
-                return
+
+
+def _refuse_divergence(state: State) -> None:
+    if not math.isfinite(state.last_loss):
+        found = f"{state.last_loss} at step {state.step}"
+        raise ConfigError("training", expected="a finite loss", found=found, next_step="lower --lr")
 
 
 def schedule(step: int, prepared: Prepared) -> float:
@@ -145,6 +158,7 @@ def mean_loss(
 
 def validate(prepared: Prepared, state: State, listener: Listener) -> None:
     """Measure the validation loss and remember the parameters if they are the best so far."""
+    state.validated = state.step
     if not prepared.validation:
         return
     size = prepared.config.batch_size * _LARGER
@@ -173,7 +187,7 @@ def result(prepared: Prepared, state: State) -> Prefix:
     provenance = Provenance(
         method=config.method.name,
         prefixkit=__version__,
-        config=recorded(replace(config, steps=prepared.total_steps, epochs=None)),
+        config=recorded(config),
         seed=config.seed,
         data_hash=prepared.data_hash,
         metrics=metrics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
 from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
 from prefixkit.data.readers import Example, data_hash, read_examples
@@ -23,6 +25,8 @@ from prefixkit.task import ModelTokenizer, input_fields, load_task, load_tokeniz
 from prefixkit.training.config import TrainConfig
 
 LEAST_STEPS = 500
+# Chosen by tests/bench/defaults.py.
+DEFAULT_LR = {"none": 1e-1, "mlp": 2e-3}
 INITIALIZATIONS = ("text", "text:WORDS", "random", "zeros", "prefix:FILE")
 
 
@@ -32,7 +36,10 @@ class Prepared:
 
     Attributes:
         method: the trainable prefix.
+        config: with every default that depends on the method or the data filled in.
         validation: encoded validation examples; empty without validation data.
+        data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
+        start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
     """
 
@@ -44,6 +51,8 @@ class Prepared:
     validation: list[EncodedExample]
     total_steps: int
     data_hash: str
+    validation_hash: str | None
+    start_digest: str
     parents: tuple[str, ...]
 
 
@@ -53,7 +62,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
-    check_output(Path(config.output))
+    check_output(config)
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     tokenizer = load_tokenizer(backbone.folder)
@@ -63,31 +72,57 @@ def prepare(config: TrainConfig) -> Prepared:
     encoded = encode_examples(task, tokenizer, examples)
     start, parents = _start(config, backbone, task, tokenizer, encoded)
     batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed)
+    held_out = _held_out(config, task)
+    method = _method(config, backbone, start)
     return Prepared(
-        config=config,
+        config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,
         task=task,
-        method=_method(config, backbone, start),
+        method=method,
         batches=batches,
-        validation=_validation(config, task, tokenizer),
+        validation=encode_examples(task, tokenizer, held_out),
         total_steps=_total_steps(config, batches.steps_per_epoch),
         data_hash=data_hash(examples),
+        validation_hash=data_hash(held_out) if held_out else None,
+        start_digest=memory_digest(method),
         parents=parents,
     )
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written after hours of training.
+def check_output(config: TrainConfig) -> None:
+    """Refuse an output that could not be written after hours of training, or that would replace what training reads.
 
     Raises:
-        ConfigError: no such folder, no permission, or the path of a folder.
+        ConfigError: no such folder, no permission, the path of a folder or a device, or one of the run's own inputs.
     """
+    path = Path(config.output)
     if path.is_dir():
         raise ConfigError(path, expected="the path of a file", found="a folder", next_step="add a file name")
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise ConfigError(path, expected="the path of a file", found="a device", next_step="choose another name")
     if not path.parent.is_dir():
         raise ConfigError(path, expected="an existing folder", found=f"no {path.parent}", next_step="create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(path, expected="permission to write there", found="none")
+    for given in (config.data, config.eval_data, config.task, config.method.init.removeprefix("prefix:")):
+        if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+            raise ConfigError(
+                path, expected="a new file", found="an input of this run", next_step="choose another name"
+            )
+    if path.resolve().is_relative_to(Path(config.backbone).resolve()):
+        raise ConfigError(path, expected="a place outside the backbone's folder", found="one inside it")
+    _probe(path)
+
+
+def _probe(path: Path) -> None:
+    # The longest name that the run will write beside its output.
+    probe = Path(f"{path}.checkpoint.probe")
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
+        probe.unlink()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ConfigError(
+            path, expected="a file that can be written", found=found, next_step="choose another"
+        ) from error
 
 
 def device(choice: str) -> str:
@@ -113,13 +148,20 @@ def room_for_text(backbone: Decoder, length: int) -> int:
     return (context - length) if context is not None else 2048
 
 
-def _validation(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer) -> list[EncodedExample]:
+def _held_out(config: TrainConfig, task: TaskRecord) -> list[Example]:
     if config.eval_data is None:
         return []
-    examples: list[Example] = read_examples(config.eval_data, fields=input_fields(task))
+    examples = read_examples(config.eval_data, fields=input_fields(task))
     # Evenly through the file: the references of one input often stand together.
-    every = -(-len(examples) // config.evaluation.limit)
-    return encode_examples(task, tokenizer, examples[::every])
+    return examples[:: -(-len(examples) // config.evaluation.limit)]
+
+
+def _resolved(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """`config` with what its defaults mean for this method and this data, so that the provenance says it."""
+    optimizer = config.optimizer
+    if optimizer.lr is None:
+        optimizer = replace(optimizer, lr=DEFAULT_LR[config.method.reparameterization])
+    return replace(config, optimizer=optimizer, steps=_total_steps(config, steps_per_epoch), epochs=None)
 
 
 def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

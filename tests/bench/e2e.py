@@ -32,8 +32,9 @@ from prefixkit.methods import initialization
 from prefixkit.methods.prefix_tuning import PrefixTuning
 from prefixkit.task import load_task, load_tokenizer
 from prefixkit.training import evaluation
-from prefixkit.training.loop import DEFAULT_LR, loss_sum, mean_loss
+from prefixkit.training.loop import loss_sum, mean_loss
 from prefixkit.training.metrics import generation_scores
+from prefixkit.training.preparation import DEFAULT_LR
 from tests.bench.e2e_templates import TEMPLATES
 
 VALIDATIONS = 8
@@ -67,7 +68,7 @@ def make(name: str, backbone: Decoder, words: list[int], length: int, seed: int)
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True)
         inject_adapter_in_model(config, backbone.model)
         named = backbone.model.named_parameters()
-        return Arm([parameter for key, parameter in named if "lora_" in key], 3e-3)
+        return Arm([parameter for key, parameter in named if "lora_" in key], 1e-2)
     backbone.model.requires_grad_(name == "full")
     return Arm([*backbone.model.parameters()] if name == "full" else [], 5e-4)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixkit.errors import ConfigError
-from prefixkit.training.config import from_mapping, override, read_toml, recorded
+from prefixkit.training.config import TrainConfig, from_mapping, override, read_toml, recorded
 
 LEAST = {"backbone": "model", "data": "train.jsonl", "output": "out.safetensors"}
 
@@ -48,19 +48,35 @@ def test_set_reads_toml_values(assignment: str, expected: dict[str, Any]) -> Non
         ({"method": {"name": "prefix-tunning"}}, "did you mean 'prefix-tuning'"),
         ({"method": {"lenght": 3}}, "did you mean 'length'"),
         ({"method": {"length": 0}}, "--length: expected at least 1; found 0"),
-        ({"method": {"length": "long"}}, "expected a value of type int; found 'long'"),
+        ({"method": {"length": "long"}}, "expected a whole number; found 'long'"),
         ({"steps": -1}, "--steps: expected at least 0; found -1"),
         ({"steps": 1, "epochs": 1}, "either --steps or --epochs"),
         ({"epochs": float("nan")}, "--epochs: expected a positive number"),
-        ({"optimizer": {"lr": -1.0}}, "--lr: expected a positive number; found -1"),
+        ({"optimizer": {"lr": -1.0}}, "--lr: expected a positive number, at most 1e\\+06; found -1"),
         ({"optimizer": {"loss": "men"}}, "expected mean or sum; found 'men'; did you mean 'mean'"),
         ({"device": "gpu"}, "device: expected auto or cpu or cuda; found 'gpu'"),
-        ({"steps": True}, "expected a value of type int; found True"),
+        ({"steps": True}, "expected a whole number; found True"),
+        ({"method": 3}, "expected a section of name, length"),
+        ({"seed": 2**53}, "--seed: expected at most 9007199254740991"),
+        ({"optimizer": {"lr": 1e38}}, "--lr: expected a positive number"),
+        ({"optimizer": {"max_grad_norm": 0}}, "max_grad_norm: expected a positive number"),
+        ({"optimizer": {"max_grad_norm": float("nan")}}, "max_grad_norm: expected a positive number"),
+        ({"optimizer": {"weight_decay": -1}}, "weight_decay: expected from 0"),
+        ({"epochs": 1e308}, "--epochs: expected a positive number"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping({**LEAST, **settings})
+
+
+def test_records_made_in_python_are_checked_too() -> None:
+    config = TrainConfig(backbone=Path("m"), data=Path("d"), output=Path("o"), epochs=2)  # type: ignore[arg-type]
+    assert (config.backbone, config.data, config.output, config.epochs) == ("m", "d", "o", 2.0)
+    with pytest.raises(ConfigError, match=r"steps: expected a whole number; found 2\.5"):
+        TrainConfig(backbone="m", data="d", output="o", steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="optimizer: expected a section of lr"):
+        TrainConfig(backbone="m", data="d", output="o", optimizer={"lr": 1})  # type: ignore[arg-type]
 
 
 def test_missing_settings_are_named() -> None:

@@ -15,6 +15,7 @@ from prefixkit.errors import ConfigError, DataError, InputError, MismatchError, 
 from prefixkit.prefix import load
 from prefixkit.training import checkpoint, loop
 from prefixkit.training.config import TrainConfig, from_mapping
+from prefixkit.training.interruption import AtOnce
 from prefixkit.training.progress import Silence, Step, Validation
 
 Folder = Callable[..., Path]
@@ -122,10 +123,94 @@ def test_resume_refuses_another_run(backbone_folder: Folder, records: Path, tmp_
         loop.train(settings(backbone_folder("gpt2"), records, output), listener=Interrupted(2))
     with pytest.raises(ConfigError, match="batch_size = 8 as when the run began; found 4"):
         loop.train(settings(backbone_folder("gpt2"), records, output, batch_size=4), resume=True)
-    with pytest.raises(ConfigError, match=r"weights = 'b3t-v1"):
+    with pytest.raises(ConfigError, match=r"backbone weights = 'b3t-v1"):
         loop.train(settings(backbone_folder("gpt2", 1), records, output), resume=True)
     with pytest.raises(ConfigError, match="expected a checkpoint to resume; found none"):
         loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "q"), resume=True)
+    checkpoint.path_of(output).write_bytes(b"PK broken")
+    with pytest.raises(ConfigError, match="expected a readable checkpoint; found a damaged one"):
+        loop.train(settings(backbone_folder("gpt2"), records, output), resume=True)
+
+
+def test_resume_refuses_files_that_were_edited(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    task, held_out = tmp_path / "t.toml", tmp_path / "valid.jsonl"
+    task.write_text('separator = " =>"')
+    held_out.write_text(records.read_text())
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "p", task=str(task), eval_data=str(held_out))
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, listener=Interrupted(2))
+    held_out.write_text(records.read_text().splitlines()[0])
+    with pytest.raises(ConfigError, match="validation data = 'b3-v1"):
+        loop.train(config, resume=True)
+    held_out.write_text(records.read_text())
+    task.write_text('separator = " ->"')
+    with pytest.raises(ConfigError, match="task contract = "):
+        loop.train(config, resume=True)
+    task.write_text('separator = " =>"')
+    loop.train(config, resume=True)
+
+
+def test_interrupt_in_a_validation_changes_nothing(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    class InValidation(Silence):
+        def on_validation(self, validation: Validation) -> None:
+            if validation.step == 8:
+                raise KeyboardInterrupt
+
+    straight, broken = (settings(backbone_folder("gpt2"), records, tmp_path / name) for name in ("one", "two"))
+    loop.train(straight)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken, listener=InValidation())
+    loop.train(broken, resume=True)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_second_signal_stops_at_once_and_writes_nothing(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", twice)
+    with pytest.raises(AtOnce):
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p"), listener=(heard := Interrupted()))
+    assert "finishing this step" in heard.messages[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diverging_run_stops_and_says_why(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected a finite loss; found nan at step \d+; lower --lr"):
+        loop.train(
+            settings(backbone_folder("gpt2"), records, tmp_path / "p", optimizer={"lr": 1e6}, dtype="float16", steps=9)
+        )
+    assert not (tmp_path / "p").exists()
+
+
+def test_provenance_names_the_learning_rate_that_was_used(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    silent, spoken = (
+        settings(backbone_folder("gpt2"), records, tmp_path / name, optimizer=lr)
+        for name, lr in (("one", {}), ("two", {"lr": 0.1}))
+    )
+    assert loop.train(silent).manifest.provenance.config["optimizer"]["lr"] == 0.1
+    loop.train(spoken)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_output_never_replaces_an_input(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(records.read_text())
+    folder = backbone_folder("gpt2")
+    with pytest.raises(ConfigError, match="found an input of this run"):
+        loop.train(settings(folder, data, data))
+    with pytest.raises(ConfigError, match="expected a place outside the backbone's folder"):
+        loop.train(settings(folder, data, folder / "model.safetensors"))
+    with pytest.raises(ConfigError, match="found a device"):
+        loop.train(settings(folder, data, "/dev/null"))
+    with pytest.raises(ConfigError, match="File name too long"):
+        loop.train(settings(folder, data, tmp_path / ("p" * 250)))
+    assert data.read_text() == records.read_text()
 
 
 def test_backbone_that_moves_is_caught(
