@@ -1,13 +1,13 @@
 """Every error this package raises on purpose, as one tree.
 
-    PrefixkitError                 one line: where, expected, found, next step
-    ├── InputError                 the user's input is at fault: exit code 2
-    │   ├── FormatError            a prefix file breaks schemas/README.md
-    │   ├── MismatchError          a prefix meets a backbone it was not made for
-    │   ├── BackboneError          a model folder is unusable or its architecture unsupported
-    │   ├── DataError              a data file, named with its line
-    │   └── ConfigError            an option or a configuration file
-    └── ParityError                an export disagrees with PyTorch: exit code 1
+PrefixkitError                 one line: where, expected, found, next step
+├── InputError                 the user's input is at fault: exit code 2
+│   ├── FormatError            a prefix file breaks schemas/README.md
+│   ├── MismatchError          a prefix meets a backbone it was not made for
+│   ├── BackboneError          a model folder is unusable or its architecture unsupported
+│   ├── DataError              a data file, named with its line
+│   └── ConfigError            an option or a configuration file
+└── ParityError                an export disagrees with PyTorch: exit code 1
 """
 
 

@@ -22,13 +22,10 @@ from prefixkit.training import loop
 from prefixkit.training.config import from_mapping
 
 CASES: list[dict[str, Any]] = [
-    *({"lr": lr} for lr in (0.1, 0.03, 0.2, 0.4)),
-    *({"lr": 0.1, "init": init} for init in ("text:Describe the restaurant in one sentence :", "random", "zeros")),
-    *({"lr": lr, "reparameterization": "mlp"} for lr in (2e-3, 1e-3, 4e-3)),
-    {"lr": 1e-3, "reparameterization": "mlp", "init": "random"},
+    *({"lr": lr} for lr in (0.1, 0.03, 0.2)),
+    *({"lr": 0.1, "init": init} for init in ("random", "text:Describe the restaurant in one sentence :", "zeros")),
+    *({"lr": lr, "reparameterization": "mlp"} for lr in (2e-3, 1e-3)),
     *({"lr": 0.1, "length": length} for length in (4, 64)),
-    {"lr": 0.1, "loss": "sum"},
-    {"lr": 0.1, "positions": "none"},
 ]
 
 

@@ -70,7 +70,7 @@ def make(name: str, backbone: Decoder, words: list[int], length: int, seed: int)
         named = backbone.model.named_parameters()
         return Arm([parameter for key, parameter in named if "lora_" in key], 1e-2)
     backbone.model.requires_grad_(name == "full")
-    return Arm([*backbone.model.parameters()] if name == "full" else [], 5e-4)
+    return Arm([*backbone.model.parameters()] if name == "full" else [], 1e-3)
 
 
 def fit(
