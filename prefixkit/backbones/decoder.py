@@ -58,6 +58,11 @@ class Decoder:
         limits = windows if self.context_length is None else [*windows, self.context_length]
         return min(limits, default=None)
 
+    def room_behind(self, prefix: KeyValuePrefix | None) -> int | None:
+        """How many tokens of text the context has behind `prefix`; None where it has no end."""
+        start = prefix.positions.text_start if prefix is not None else 0
+        return None if self.context_length is None else self.context_length - start
+
     @contextmanager
     def injected(self, prefix: KeyValuePrefix | None) -> Iterator[PreTrainedModel]:
         """The model with `prefix` in it for the length of a `with` block."""
@@ -126,24 +131,49 @@ class Decoder:
         max_new_tokens: int,
         num_beams: int = 1,
     ) -> list[list[int]]:
-        """What the model writes after each prompt, greedily or by beam search, up to a stop token."""
+        """What the model writes after each prompt, greedily or by beam search, as if that prompt were alone.
+
+        It ends before the first stop token, after `max_new_tokens`, or where the context does.
+
+        Raises:
+            BackboneError: a prompt that leaves no token of the context.
+        """
+        settings = GenerationConfig(num_beams=num_beams, do_sample=False, eos_token_id=list(stop), pad_token_id=stop[0])
+        limits = [self._new_tokens(len(prompt), prefix, max_new_tokens) for prompt in prompts]
+        written: dict[int, list[int]] = {}
+        # Rows are written for equally long: a row cannot stop at its own end of the context while others go on.
+        for limit in sorted(set(limits)):
+            settings.max_new_tokens = limit
+            chosen = [index for index, own in enumerate(limits) if own == limit]
+            rows = self._written([prompts[index] for index in chosen], prefix, settings)
+            written.update(zip(chosen, rows, strict=True))
+        return [list(takewhile(lambda token: token not in stop, written[index])) for index in range(len(prompts))]
+
+    def _new_tokens(self, length: int, prefix: KeyValuePrefix | None, wanted: int) -> int:
+        room = self.room_behind(prefix)
+        if room is not None and length >= room:
+            raise BackboneError(
+                "prompt",
+                expected=f"at most {room - 1} tokens, which leave one of the context of {self.context_length}",
+                found=f"{length}",
+                next_step="shorten it",
+            )
+        return wanted if room is None else min(wanted, room - length)
+
+    def _written(
+        self, prompts: Sequence[Sequence[int]], prefix: KeyValuePrefix | None, settings: GenerationConfig
+    ) -> list[list[int]]:
         width = max(map(len, prompts))
-        rows = [[stop[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            eos_token_id=list(stop),
-            pad_token_id=stop[0],
-        )
         with self.injected(prefix) as model:
             written = model.generate(
                 input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=torch.tensor(mask, device=self.device),
                 generation_config=settings,
             )
-        return [list(takewhile(lambda token: token not in stop, row)) for row in written[:, width:].tolist()]
+        continuations: list[list[int]] = written[:, width:].tolist()
+        return continuations
 
 
 def _constant(prefix: KeyValuePrefix | None) -> MakesPrefix | None:

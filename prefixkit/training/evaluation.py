@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.data.readers import Example
 from prefixkit.data.references import ReferenceGroup, group_references
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import KeyValuePrefix
-from prefixkit.task import ModelTokenizer, decode_target, encode_prompt, stop_ids
+from prefixkit.task import ModelTokenizer, decode_target, encode_prompt, encode_target, stop_ids
 from prefixkit.training.metrics import generation_scores
 
 
@@ -36,9 +36,14 @@ def write(
 ) -> list[Written]:
     """What the model writes for each group's input, in the order of `groups`.
 
-    `done` hears how many inputs were finished after each batch.
+    A long input is cut as it is in training: its longest reference fits behind it. `done` hears how many inputs were
+    finished after each batch.
+
+    Raises:
+        DataError: an input or a reference that does not fit.
     """
-    prompts = [encode_prompt(task, tokenizer, group.fields, room=1, where=group.where) for group in groups]
+    task = within_context(task, backbone, prefix)
+    prompts = [_prompt(task, tokenizer, group) for group in groups]
     texts: dict[int, str] = {}
     for batch in _by_length(prompts, batch_size):
         written = backbone.generate(
@@ -51,6 +56,12 @@ def write(
         texts.update(zip(batch, (decode_target(task, tokenizer, row) for row in written), strict=True))
         done(len(texts))
     return [Written(group, texts[index]) for index, group in enumerate(groups)]
+
+
+def within_context(task: TaskRecord, backbone: Decoder, prefix: KeyValuePrefix | None) -> TaskRecord:
+    """`task` with no longer texts than `backbone`'s context has room for, behind `prefix`."""
+    room = backbone.room_behind(prefix)
+    return task if room is None or room >= task.max_length else replace(task, max_length=room)
 
 
 def scores(written: Sequence[Written]) -> dict[str, float]:
@@ -66,6 +77,11 @@ def grouped(examples: Sequence[Example], limit: int | None = None) -> list[Refer
 def ungrouped(groups: Sequence[ReferenceGroup]) -> list[Example]:
     """One example a reference, for the loss."""
     return [Example(group.fields, reference, group.where) for group in groups for reference in group.references]
+
+
+def _prompt(task: TaskRecord, tokenizer: ModelTokenizer, group: ReferenceGroup) -> list[int]:
+    targets = (encode_target(task, tokenizer, text, where=group.where) for text in group.references)
+    return encode_prompt(task, tokenizer, group.fields, room=max(map(len, targets)), where=group.where)
 
 
 def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

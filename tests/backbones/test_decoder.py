@@ -123,6 +123,26 @@ def test_text_may_start_at_position_zero() -> None:
         assert (found - decoder.logits(row[None], None, prefix)).abs().max() > EFFECT
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_writing_ends_with_the_context_whatever_the_neighbours_do(family: str, num_beams: int) -> None:
+    decoder = wrap(tiny(family))
+    prefix = random_prefix(decoder.model)
+    rows = [[1 + (3 * length + step) % 300 for step in range(length)] for length in (5, 121, 40, 119, 7)]
+    asked = {"stop": [VOCAB - 1], "max_new_tokens": 12, "num_beams": num_beams}
+    together = decoder.generate(rows, prefix, **asked)
+    assert together == [decoder.generate([row], prefix, **asked)[0] for row in rows]
+    assert [len(written) for written in together] == [12, 1, 12, 3, 12]
+
+
+def test_prompt_that_fills_the_context_is_refused() -> None:
+    decoder = wrap(tiny("gpt2"))
+    with pytest.raises(
+        BackboneError, match=r"prompt: expected at most 121 tokens.* context of 128; found 122; shorten"
+    ):
+        decoder.generate([[5], [5] * 122], random_prefix(decoder.model), stop=[0], max_new_tokens=1)
+
+
 def test_window_that_would_swallow_the_prefix_is_said() -> None:
     decoder = wrap(tiny("mistral_window"))
     with pytest.raises(BackboneError, match=f"sliding window of {WINDOW} tokens.*window would swallow"):
