@@ -5,6 +5,7 @@ The folder is loaded as it will be served, by serving's own runtime, with the pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.errors import ParityError
-from prefixkit.export.parity import NO_PREFIX, SEED, CaseResult, Pair, compare
+from prefixkit.export.parity import NO_PREFIX, SEED, CaseResult, Models, Pair, compare
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.prefix import load
@@ -40,8 +41,8 @@ def verify(folder: Path, decoder: Decoder, injection: KeyValuePrefix | None) -> 
         else _free(_own(report, injection, runtime.dtype), _probe(decoder, runtime.dtype))
     )
     room = (decoder.context_length or _UNBOUNDED) - max(_start(pair) for pairs in cases.values() for pair in pairs)
-    model = decoder.release()
-    return tuple(compare(name, runtime, model, pairs, room) for name, pairs in cases.items())
+    models = _models(decoder)
+    return tuple(compare(name, runtime, models, pairs, room) for name, pairs in cases.items())
 
 
 def refuse_differences(results: Sequence[CaseResult]) -> None:
@@ -51,9 +52,20 @@ def refuse_differences(results: Sequence[CaseResult]) -> None:
             raise ParityError(
                 f"case {result.name!r}",
                 expected=f"logits of onnxruntime within {result.tolerance:.1e} of those of PyTorch",
-                found=f"a difference of {result.max_abs_difference:.1e}",
-                next_step="nothing was written",
+                found=f"a difference of {result.max_abs_difference:.1e}, so nothing was written",
+                next_step=_step(result),
             )
+
+
+def _step(result: CaseResult) -> str:
+    if result.pytorch_difference is not None:
+        return f"export with --dtype float32: PyTorch's own float16 differs by {result.pytorch_difference:.1e}"
+    return "report it with the model's name: the exported graph is wrong for this architecture"
+
+
+def _models(decoder: Decoder) -> Models:
+    model = decoder.release()
+    return Models(model, model if model.dtype == torch.float32 else copy.deepcopy(model).float())
 
 
 def _baked(injection: KeyValuePrefix | None) -> Mapping[str, Sequence[Pair]]:

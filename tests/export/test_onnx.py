@@ -15,6 +15,7 @@ import prefixkit.export.onnx as subject
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError, MismatchError, ParityError
 from prefixkit.export.onnx import Exported, export_onnx
+from prefixkit.export.parity import tolerance
 from prefixkit.injections import key_value_prefix
 from prefixkit.prefix import load, save
 from prefixkit.serving.prefix_table import served
@@ -74,6 +75,7 @@ def test_half_precision_and_weights_in_the_checkpoint(tmp_path: Path) -> None:
         random_prefix(loaded.identity), loaded, tmp_path / "served", dtype="float16", weights="checkpoint"
     )
     assert_parity(done, 5e-3)
+    assert all(case.pytorch_difference and 5e-3 <= case.tolerance < 1e-2 for case in done.cases)
     places = {entry.value for tensor in graph_of(done).graph.initializer for entry in tensor.external_data}
     assert "model.safetensors" in places
     assert "model.onnx.data" not in places
@@ -193,6 +195,40 @@ def test_a_dropped_prefix_fails_and_leaves_nothing(
     with pytest.raises(ParityError, match=r"case 'prefix': expected logits of onnxruntime within 1.0e-04"):
         export_onnx(random_prefix(loaded.identity), loaded, tmp_path / "served")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_float16_of_large_logits_passes_and_a_dropped_prefix_does_not(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_backbone(backbone("gpt2"), dtype="float16")
+    with torch.no_grad():
+        loaded.model.transformer.ln_f.weight.mul_(scale)
+    prefix = random_prefix(loaded.identity)
+    done = export_onnx(prefix, loaded, tmp_path / "served", dtype="float16")
+    for case in done.cases:
+        assert case.pytorch_difference is not None
+        assert 5e-3 <= case.tolerance <= max(5e-3, 3 * case.pytorch_difference)
+        assert case.max_abs_difference <= case.tolerance
+    path = done.folder / "onnx" / "model.onnx"
+    monkeypatch.setattr(subject, "trace", lambda *_: ir.external_data.load_to_model(ir.load(path)))
+    drop_prefixes(monkeypatch)
+    with pytest.raises(ParityError, match=r"case 'prefix': .*; export with --dtype float32: PyTorch's own float16"):
+        export_onnx(prefix, loaded, tmp_path / "again", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "own", "accepted"),
+    [
+        ("float32", 20.0, None, 1e-4),
+        ("float32", 1000.0, None, 5 * 2**-23 * 1000),
+        ("float16", 1.0, 1e-3, 5e-3),
+        ("float16", 20.0, 0.03, 0.09),
+        ("float16", 20.0, float("inf"), 0.4),
+    ],
+)
+def test_what_difference_is_accepted(dtype: str, largest: float, own: float | None, accepted: float) -> None:
+    assert tolerance(dtype, largest, own) == pytest.approx(accepted)
 
 
 def test_a_failed_export_keeps_the_folder_that_was_there(
