@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+REPARAMETERIZATIONS = ("none", "mlp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry:

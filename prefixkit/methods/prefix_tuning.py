@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from prefixkit.errors import ConfigError
 from prefixkit.injections import KeyValuePrefix
+from prefixkit.methods.catalogue import REPARAMETERIZATIONS
 from prefixkit.methods.reparameterization import MLP, Direct
-
-REPARAMETERIZATIONS = ("none", "mlp")
 
 
 class PrefixTuning(nn.Module):

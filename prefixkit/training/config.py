@@ -12,14 +12,14 @@ from pathlib import Path, PurePath
 from typing import Any, get_args, get_type_hints
 
 from prefixkit.errors import ConfigError
-from prefixkit.methods.catalogue import METHODS
+from prefixkit.methods.catalogue import METHODS, REPARAMETERIZATIONS
 from prefixkit.spelling import did_you_mean
 
 _LARGEST = 1e6
 """No epochs, learning rate, norm or decay beyond it makes sense, and arithmetic ends somewhere."""
 _LARGEST_SEED = 2**53 - 1
 CHOICES = {
-    "reparameterization": ("none", "mlp"),
+    "reparameterization": REPARAMETERIZATIONS,
     "positions": ("offset", "none"),
     "loss": ("mean", "sum"),
     "device": ("auto", "cpu", "cuda"),

@@ -10,7 +10,7 @@ import torch
 from prefixkit import __version__
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.identity import memory_digest
-from prefixkit.data.batches import Batch, EncodedExample, in_order
+from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_order
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.injections import KeyValuePrefix
@@ -43,6 +43,9 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
     prepared = prepare(config)
     optimizer = make_optimizer(prepared)
     state = checkpoint.restore(prepared, optimizer) if resume else State()
+    if cut := count_truncated(prepared.batches.examples):
+        told = f"{cut} of {len(prepared.batches.examples)} training examples lost the end of their input"
+        listener.on_message(f"{told} to fit {prepared.task.max_length} tokens")
     if not resume and checkpoint.path_of(config.output).exists():
         listener.on_message(f"starting anew: {checkpoint.path_of(config.output)} of an earlier run will be replaced")
     frozen = memory_digest(prepared.backbone.model)

@@ -13,6 +13,7 @@ from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
 from prefixkit.data.readers import Example, data_hash, read_examples
 from prefixkit.errors import ConfigError
@@ -175,6 +176,7 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 def _method(config: TrainConfig, backbone: Decoder, start: KeyValuePrefix) -> PrefixTuning:
     offset = config.method.positions == "offset"
     positions = Positions(text_start=start.length if offset else 0, prefix_takes_positions=offset)
+    refuse_unplaceable(backbone.model, positions, start.length)
     return PrefixTuning(
         replace(start, positions=positions),
         reparameterization=config.method.reparameterization,
@@ -197,7 +199,9 @@ def _start(
     if task.bos == "before":
         words = _with_bos(kind, words, tokenizer)
     if kind == "text":
-        return initialization.from_text(backbone, words, length), ()
+        start = initialization.from_text(backbone, words, length)
+        # A trained BOS would no longer be the one that the contract promises.
+        return replace(start, frozen_slots=1 if task.bos == "before" else 0), ()
     if kind == "random" and not argument:
         return initialization.random_like(backbone, words, length, config.seed), ()
     if kind == "zeros" and not argument:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prefixkit.errors import ConfigError, DataError, InputError, MismatchError, PrefixkitError
+from prefixkit.format.manifest import Positions
 from prefixkit.prefix import load
 from prefixkit.training import checkpoint, loop
 from prefixkit.training.config import TrainConfig, from_mapping
@@ -198,6 +199,29 @@ def test_provenance_names_the_learning_rate_that_was_used(
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_positions_that_the_backbone_cannot_give_are_refused(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    method = {"length": 4, "positions": "none"}
+    with pytest.raises(InputError, match="bloom: expected text that starts at 4"):
+        loop.train(settings(backbone_folder("bloom"), records, tmp_path / "p", method=method))
+    prefix = loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "p", method=method, steps=1))
+    assert prefix.manifest.injections[0].positions == Positions(text_start=0, prefix_takes_positions=False)
+
+
+def test_bos_in_the_prefix_stays_what_it_is(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    task = tmp_path / "t.toml"
+    task.write_text('bos = "before"')
+    start, end = (
+        loop.train(settings(backbone_folder("llama"), records, tmp_path / "p", task=str(task), steps=steps))
+        for steps in (0, 3)
+    )
+    assert end.manifest.injections[0].frozen_slots == 1
+    for name, array in end.tensors.items():
+        assert (array[:, 0] == start.tensors[name][:, 0]).all()
+        assert (array[:, 1:] != start.tensors[name][:, 1:]).any()
+
+
 def test_output_never_replaces_an_input(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text(records.read_text())
@@ -316,7 +340,10 @@ def test_example_longer_than_the_context_keeps_its_target(
 ) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"input": "x " * 400, "target": "the river"}) + "\n")
-    prepared = loop.prepare(settings(backbone_folder("gpt2"), path, tmp_path / "p", eval_data=None))
+    config = settings(backbone_folder("gpt2"), path, tmp_path / "p", eval_data=None, steps=1)
+    loop.train(config, listener=(heard := Interrupted()))
+    assert heard.messages == ["1 of 1 training examples lost the end of their input to fit 124 tokens"]
+    prepared = loop.prepare(config)
     batch = prepared.batches.batch(0)
     assert batch.input_ids.shape[1] <= 128 - 4
     assert batch.labels[0, -4:].tolist() == batch.input_ids[0, -4:].tolist()
