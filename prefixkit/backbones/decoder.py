@@ -138,7 +138,9 @@ class Decoder:
         Raises:
             BackboneError: a prompt that leaves no token of the context.
         """
-        settings = GenerationConfig(num_beams=num_beams, do_sample=False, eos_token_id=list(stop), pad_token_id=stop[0])
+        pad = stop[0] if stop else 0
+        ends = list(stop) or None
+        settings = GenerationConfig(num_beams=num_beams, do_sample=False, eos_token_id=ends, pad_token_id=pad)
         limits = [self._new_tokens(len(prompt), prefix, max_new_tokens) for prompt in prompts]
         written: dict[int, list[int]] = {}
         # Rows are written for equally long: a row cannot stop at its own end of the context while others go on.

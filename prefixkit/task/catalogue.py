@@ -22,7 +22,7 @@ from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import Bos, TaskRecord
 from prefixkit.spelling import did_you_mean
 from prefixkit.task.chat import chat_template_hash, render_chat, turn_end
-from prefixkit.task.encode import check_task
+from prefixkit.task.encode import check_task, input_fields
 from prefixkit.task.template import escape
 from prefixkit.task.tokenizer import ModelTokenizer
 
@@ -87,9 +87,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(path, expected="a task file", found="no such file") from error
+        raise ConfigError(path, expected="a task file", found="no such file", next_step="check the path") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(path, expected="a TOML file", found=str(error)) from error
+        step = 'write lines such as separator = " => ", in UTF-8'
+        raise ConfigError(path, expected="a TOML file", found=str(error), next_step=step) from error
     for key in settings:
         if key not in KEYS:
             raise ConfigError(path, expected="the keys of a task", found=repr(key), next_step=did_you_mean(key, KEYS))
@@ -111,6 +112,9 @@ def _task(
         max_length=given["max_length"],
     )
     check_task(task, tokenizer)
+    if not input_fields(task):
+        found, step = repr(task.input_template), "write a field in braces, such as {input}"
+        raise ConfigError(where, expected="input_template with a field", found=found, next_step=step)
     return task
 
 
@@ -122,6 +126,9 @@ def _check_types(where: str, given: Mapping[str, Any], limit: int) -> None:
         raise ConfigError(where, expected='bos = "none", "before" or "after"', found=repr(given["bos"]))
     if not isinstance(given["stop"], list) or not all(isinstance(token, str) for token in given["stop"]):
         raise ConfigError(where, expected="stop = a list of strings", found=repr(given["stop"]))
+    if not given["stop"]:
+        step = 'write stop = ["{eos}"]: without one no answer ends'
+        raise ConfigError(where, expected="at least one stop token", found="stop = []", next_step=step)
     if type(given["max_length"]) is not int or not 1 <= given["max_length"] <= limit:
         raise ConfigError(where, expected=f"max_length from 1 to {limit}", found=repr(given["max_length"]))
 

@@ -65,7 +65,13 @@ def test_file_fills_in_from_text(tmp_path: Path) -> None:
         ("max_length = 129", "expected max_length from 1 to 128; found 129"),
         ("max_length = true", "expected max_length from 1 to 128; found True"),
         ('stop = ["two words"]', "expected exactly one token"),
-        ("separator = ", "expected a TOML file"),
+        ("separator = ", "expected a TOML file; .*; write lines such as"),
+        ("stop = []", r'expected at least one stop token; found stop = \[\]; write stop = \["{eos}"\]'),
+        (
+            'input_template = "Say it: "',
+            "expected input_template with a field; found 'Say it: '; write a",
+        ),
+        ('input_template = "{{input}}"', "expected input_template with a field"),
     ],
 )
 def test_faulty_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -78,7 +84,7 @@ def test_unknown_name_and_missing_file(tmp_path: Path) -> None:
         load_task("e2", small_tokenizer(), max_length=9)
     with pytest.raises(ConfigError, match="found 'summaries'; choose from text, e2e, chat"):
         load_task("summaries", small_tokenizer(), max_length=9)
-    with pytest.raises(ConfigError, match=r"absent\.toml: expected a task file; found no such file"):
+    with pytest.raises(ConfigError, match=r"absent\.toml: expected a task file; found no such file; check the path"):
         load_task(tmp_path / "absent.toml", small_tokenizer(), max_length=9)
 
 
