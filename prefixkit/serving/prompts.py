@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prefixkit.errors import InputError
 from prefixkit.format.manifest import TaskRecord
@@ -12,13 +13,15 @@ from prefixkit.task import Fields, ModelTokenizer, check_task, encode_prompt, in
 from prefixkit.task.encode import is_chat
 
 DEFAULT_NEW_TOKENS = 128
+LEAST_NEW_TOKENS = 16
+"""What a prompt must leave for its answer, unless fewer are asked for."""
 _UNBOUNDED = 2**31
 
 
 def encode(
     task: TaskRecord, tokenizer: ModelTokenizer, given: str | Fields, where: str
 ) -> tuple[list[int], Sequence[int]]:
-    """The token ids of a prompt and of the tokens that end its answer.
+    """The token ids of a whole prompt, however long, and of the tokens that end its answer.
 
     Args:
         given: the task's fields by name; or as text: its only field, a chat's user message, several fields as JSON.
@@ -28,7 +31,7 @@ def encode(
     """
     check_task(task, tokenizer)
     fields = _fields(task, given, where) if isinstance(given, str) else given
-    ids = encode_prompt(task, tokenizer, fields, room=1, where=where)
+    ids = encode_prompt(replace(task, max_length=_UNBOUNDED), tokenizer, fields, where=where)
     if not ids:
         raise InputError(where, expected="at least one token", found="none", next_step="give some text")
     return ids, stop_ids(task, tokenizer)
@@ -47,21 +50,23 @@ def plain_text(tokenizer: ModelTokenizer) -> TaskRecord:
     )
 
 
-def room_for(context_length: int | None, start: int, tokens: int, where: str) -> int:
-    """How many tokens the context has left behind a prompt of `tokens` that starts at position `start`.
+def room_for(task: TaskRecord, context: int | None, tokens: int, asked: int | None, where: str) -> int:
+    """How many tokens the context has left behind a prompt of `tokens`; nothing is cut off a prompt that is too long.
+
+    Args:
+        context: positions from the prompt's first on, None without an end.
+        asked: how many tokens are to be written, None for as many as fit.
 
     Raises:
-        InputError: none.
+        InputError: too few are left for an answer, of the context or of the task's `max_length`.
     """
-    room = (context_length or _UNBOUNDED) - start - tokens
-    if room < 1:
-        raise InputError(
-            where,
-            expected=f"at most {tokens + room - 1} tokens, which leave one of the {context_length} of the context",
-            found=f"{tokens}" + (f" that start at position {start}" if start else ""),
-            next_step="shorten it",
-        )
-    return room
+    limit = min(task.max_length, context or _UNBOUNDED)
+    least = min(asked or LEAST_NEW_TOKENS, LEAST_NEW_TOKENS)
+    if tokens > max(limit - least, 0):
+        whose = "the context has" if limit == context else f"the task {task.name!r} allows"
+        expected = f"at most {max(limit - least, 0)} tokens, which leave {least} of the {limit} that {whose}"
+        raise InputError(where, expected=expected, found=f"{tokens}", next_step="shorten it")
+    return (context or _UNBOUNDED) - tokens
 
 
 def new_tokens(asked: int | None, room: int, where: str) -> int:

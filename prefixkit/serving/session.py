@@ -123,7 +123,7 @@ class Session:
             sampling: how tokens are chosen.
 
         Raises:
-            InputError: an unknown prefix, a prompt that does not fit the task or leaves no room in the context.
+            InputError: an unknown prefix, a prompt that does not fit the task or leaves no room for an answer.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts", expected="a list of them", found="one string")
@@ -136,9 +136,11 @@ class Session:
 
     def _prompt(self, given: str | Fields, name: str | None, where: str, max_new_tokens: int | None) -> Prompt:
         prefix = self.prefixes[name] if name is not None else None
-        ids, stop = encode(self._task(prefix), self.tokenizer, given, where)
+        task = self._task(prefix)
+        ids, stop = encode(task, self.tokenizer, given, where)
         start = prefix.text_start if prefix is not None else baked_start(self.report)
-        room = room_for(self.report.backbone.context_length, start, len(ids), where)
+        length = self.report.backbone.context_length
+        room = room_for(task, length - start if length is not None else None, len(ids), max_new_tokens, where)
         return Prompt(ids=ids, prefix=prefix, stop=stop, max_new_tokens=new_tokens(max_new_tokens, room, where))
 
     def _task(self, prefix: ServedPrefix | None) -> TaskRecord:

@@ -114,8 +114,19 @@ def test_context_overflow_is_refused_in_one_line(session: Session) -> None:
     written = session.generate(["x"])[0]
     assert len(written.token_ids) <= 128 - 6 - written.prompt_tokens
     session.add_prefix("plain", prefix_for(session.report.backbone.family, task=None))
-    # A prefix without a contract falls back to the folder's, which truncates inputs as training did.
-    assert session.generate([long], "plain", max_new_tokens=1)[0].prompt_tokens == 63
+    # A prefix without a contract falls back to the folder's.
+    told = r"prompt 1: expected at most 48 tokens, which leave 16 of the 64 that the task 'say' allows; found \d\d+"
+    with pytest.raises(InputError, match=told):
+        session.generate([long], "plain")
+
+
+def test_a_prompt_is_never_cut(session: Session) -> None:
+    tokens = len(session.tokenizer.encode_text("spice " * 10))
+    texts = ["spice " * 10 + word for word in ("pub", "riverside")]
+    written = session.generate(texts, max_new_tokens=1)
+    assert min(row.prompt_tokens for row in written) > tokens
+    with pytest.raises(InputError, match="expected at most 63 tokens, which leave 1 of the 64"):
+        session.generate(["spice " * 200], max_new_tokens=1)
 
 
 def test_prompt_longer_than_the_context_is_refused_where_no_task_truncates(family: str, tmp_path: Path) -> None:
@@ -123,7 +134,7 @@ def test_prompt_longer_than_the_context_is_refused_where_no_task_truncates(famil
     (folder / "prefix.safetensors").unlink()
     edit(folder, {"prefix": None})
     bare = Session(folder, device="cpu", threads=1)
-    with pytest.raises(InputError, match=r"prompt 1: expected at most 127 tokens, which leave one of the 128"):
+    with pytest.raises(InputError, match="expected at most 112 tokens, which leave 16 of the 128 that the context has"):
         bare.generate(["spice " * 200])
     assert bare.generate(["Blue Spice"], max_new_tokens=3)[0].prompt_tokens == len(
         bare.tokenizer.encode_text("Blue Spice")
