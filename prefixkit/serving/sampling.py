@@ -65,7 +65,9 @@ class Sampler:
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:
-            token = self._draw(scores / self.sampling.temperature)
+            # The likeliest stays 0 however small the temperature is; the others may become -infinity, never NaN.
+            with np.errstate(over="ignore"):
+                token = self._draw((scores - scores.max()) / self.sampling.temperature)
         self.seen.add(token)
         return token
 

@@ -33,6 +33,11 @@ def test_low_temperature_sharpens_and_high_flattens() -> None:
     assert drawn({"temperature": 100.0})[2] > 60
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest() -> None:
+    assert set(drawn({"temperature": 1e-320}, 20)) == {1}
+    assert set(drawn({"temperature": 1e-320, "top_p": 0.9, "min_p": 0.1, "top_k": 3}, 20)) == {1}
+
+
 @pytest.mark.parametrize(
     ("settings", "left"),
     [
