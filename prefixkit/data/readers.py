@@ -12,7 +12,8 @@ second the last message must be the assistant's: it is the target, and what prec
 E2E lines (`.txt`), the format of the E2E data in the code of Prefix-Tuning: `source||target `. The target keeps its
 trailing space, and a source's references stand on lines of their own.
 
-A file with another suffix is JSONL when its first line starts with `{`, else E2E lines.
+A file with another suffix is JSONL when its first line starts with `{`, else E2E lines. Blank targets and blank inputs
+are refused; of several fields some may be blank.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from blake3 import blake3
 from prefixkit.errors import DataError
 from prefixkit.spelling import did_you_mean
 from prefixkit.task import Fields
+
+_ONE_A_LINE = 'write one object a line (JSONL): {"input": "…", "target": "…"}'
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def read_examples(path: str | Path, *, fields: Sequence[str] = ("input",)) -> li
         parse = parse or _parser(path, line)
         examples += parse(line, f"{path}:{number}", fields)
     if not examples:
-        raise DataError(path, expected="at least one example", found="an empty file")
+        raise DataError(path, expected="at least one example", found="an empty file", next_step="write one a line")
     return examples
 
 
@@ -77,7 +80,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}", expected="UTF-8", found=f"byte 0x{raw[error.start]:02x}") from error
+                found, step = f"byte 0x{raw[error.start]:02x}", "save the file as text in UTF-8"
+                raise DataError(f"{path}:{number}", expected="UTF-8", found=found, next_step=step) from error
             if line.strip():
                 yield number, line
 
@@ -88,11 +92,13 @@ def _opened(path: Path) -> Iterator[gzip.GzipFile | BinaryIO]:
         with path.open("rb") as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
             yield file
     except FileNotFoundError as error:
-        raise DataError(path, expected="a data file", found="no such file") from error
+        raise DataError(path, expected="a data file", found="no such file", next_step="check the path") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(path, expected="a gzip file", found=str(error)) from error
+        step = "pack it again, or name a plain file without .gz"
+        raise DataError(path, expected="a gzip file", found=str(error), next_step=step) from error
     except OSError as error:
-        raise DataError(path, expected="a readable file", found=error.strerror or str(error)) from error
+        found, step = error.strerror or str(error), "name a file that you may read"
+        raise DataError(path, expected="a readable file", found=found, next_step=step) from error
 
 
 def _parser(path: Path, first_line: str) -> Callable[[str, str, Sequence[str]], list[Example]]:
@@ -106,11 +112,14 @@ def _parser(path: Path, first_line: str) -> Callable[[str, str, Sequence[str]], 
 
 def _from_e2e(line: str, where: str, fields: Sequence[str]) -> list[Example]:
     parts = line.split("||")
-    if len(parts) != 2 or not parts[1].strip():
-        raise DataError(where, expected="source||target", found=_quoted(line))
+    if len(parts) != 2:
+        step = 'write lines so, or objects with "input" and "target" (JSONL); there are no other formats'
+        raise DataError(where, expected="source||target", found=_quoted(line), next_step=step)
     if tuple(fields) not in (("input",), ("messages",)):
-        raise DataError(where, expected=f"the fields {', '.join(fields)}", found="E2E lines, which have only 'input'")
-    return [Example({"input": parts[0]}, parts[1], where)]
+        wanted = " and ".join(map(repr, fields)) or "no field"
+        found, step = "an E2E line, which has only 'input'", "write JSONL, or {input} in the task's template"
+        raise DataError(where, expected=f"{wanted}, as the task says", found=found, next_step=step)
+    return [_example({"input": parts[0]}, parts[1], where)]
 
 
 def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
@@ -118,9 +127,10 @@ def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise DataError(where, expected="one JSON object", found=f"{_quoted(line)} ({error})") from error
+        found = f"{_quoted(line)} ({error})"
+        raise DataError(where, expected="one JSON object", found=found, next_step=_ONE_A_LINE) from error
     if not isinstance(record, dict):
-        raise DataError(where, expected="one JSON object", found=_quoted(line))
+        raise DataError(where, expected="one JSON object", found=_quoted(line), next_step=_ONE_A_LINE)
     if "messages" in record and "target" not in record:
         return [_from_messages(record["messages"], where)]
     wanted = ("input",) if tuple(fields) == ("messages",) else tuple(fields)
@@ -129,7 +139,17 @@ def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
     references = targets if isinstance(targets, list) and targets else [_text(record, "target", where)]
     if not all(isinstance(reference, str) for reference in references):
         raise DataError(where, expected="'target' as text or a list of texts", found=_quoted(json.dumps(targets)))
-    return [Example(inputs, reference, where) for reference in references]
+    return [_example(inputs, reference, where) for reference in references]
+
+
+def _example(fields: Fields, target: str, where: str) -> Example:
+    """The example, unless it says nothing to read or nothing to write."""
+    asked = [value if isinstance(value, str) else str(value[-1]["content"]) for value in fields.values()]
+    for name, text in (("input", "".join(asked)), ("target", target)):
+        if not text.strip():
+            step = "fill it in, or remove the line"
+            raise DataError(where, expected=f"some text as {name}", found=_quoted(text), next_step=step)
+    return Example(fields, target, where)
 
 
 def _from_messages(messages: Any, where: str) -> Example:
@@ -143,7 +163,7 @@ def _from_messages(messages: Any, where: str) -> Example:
             expected="messages with 'role' and 'content', the last one the assistant's",
             found=_quoted(json.dumps(messages, ensure_ascii=False)),
         )
-    return Example({"messages": messages[:-1]}, messages[-1]["content"], where)
+    return _example({"messages": messages[:-1]}, messages[-1]["content"], where)
 
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:
@@ -155,13 +175,16 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
             next_step=_rename(name, record),
         )
     if not isinstance(record[name], str):
-        raise DataError(where, expected=f"{name!r} as text", found=_quoted(json.dumps(record[name])))
+        found, step = _quoted(json.dumps(record[name])), "write a text in quotes"
+        raise DataError(where, expected=f"{name!r} as text", found=found, next_step=step)
     return str(record[name])
 
 
 def _rename(name: str, record: Mapping[str, Any]) -> str:
     guess = did_you_mean(name, record)
-    return f"{guess} Call it {name!r}" if guess.startswith("did") else ""
+    if guess.startswith("did"):
+        return f"{guess} Call it {name!r}"
+    return f"call one {name!r}" + ("" if name == "target" else ", or name yours in the input_template of a task file")
 
 
 def _quoted(text: str) -> str:
