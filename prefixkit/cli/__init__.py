@@ -9,13 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from io import TextIOWrapper
 from keyword import iskeyword
 from typing import Annotated
 
 import typer
 
 from prefixkit import __version__
+from prefixkit.cli import streams
 from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
@@ -37,15 +37,17 @@ for _command in COMMANDS:
 
 def main() -> None:
     """The `prefixkit` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # A terminal without Unicode shows escapes rather than an error.
-            stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(sys.argv[1:]))
+    if not streams.prepare():
+        _tell("standard output: expected an open one; found it closed; to see nothing, use >/dev/null")
+        sys.exit(1)
+    code = run(sys.argv[1:])
+    streams.settle()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0 done, 2 the input is at fault, 1 a fault of ours, 130 Ctrl-C.
+    """Run one command line and return its exit code: 0 done, 2 the input is at fault, 1 a fault of ours or of the
+    output, 130 Ctrl-C.
 
     Errors are told in one line on standard error; `PREFIXKIT_TRACEBACK=1` shows where they come from.
     """
@@ -54,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=list(arguments), prog_name="prefixkit", standalone_mode=False)
         if code == _INTERRUPTED:
             _tell("interrupted")
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except Exception as error:
         if os.environ.get("PREFIXKIT_TRACEBACK") == "1":
@@ -77,6 +80,11 @@ def _edge(error: Exception) -> int:
         command = getattr(getattr(error, "ctx", None), "command_path", "prefixkit")
         _tell(f"{error.format_message().rstrip('.')}; see `{command} --help`")
         return int(error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if streams.is_output_failure(error):
+        _tell(f"standard output: expected room for the result; found {getattr(error, 'strerror', error)}")
+        return 1
     step = f"please report it at {_ISSUES}, with what PREFIXKIT_TRACEBACK=1 shows"
     _tell(f"internal error: {type(error).__name__}: {error}; {step}")
     return 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 import typer
 
@@ -9,6 +13,7 @@ from prefixkit import __version__, cli
 from prefixkit.cli import run
 from prefixkit.cli.printable import printable
 from prefixkit.errors import DataError, ParityError, PrefixkitError
+from tests.prefixes import GOLDEN
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,38 @@ def test_a_closed_pipe_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SystemExit) as caught:
         run(["fail"])
     assert caught.value.code == 1
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run `prefixkit` and a redirection in a shell."""
+    program = f"{shlex.quote(sys.executable)} -c 'from prefixkit.cli import main; main()'"
+    return subprocess.run(["sh", "-c", f"{program} {command}"], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("option", ["", "--json"])
+@pytest.mark.parametrize(
+    ("redirection", "told"),
+    [
+        (">&-", "prefixkit: standard output: expected an open one; found it closed; to see nothing, use >/dev/null\n"),
+        (
+            ">/dev/full",
+            "prefixkit: standard output: expected room for the result; found No space left on device\n",
+        ),
+    ],
+)
+def test_output_that_goes_nowhere_is_one_plain_line(option: str, redirection: str, told: str) -> None:
+    done = shell(f"inspect {shlex.quote(str(GOLDEN))} {option} {redirection}")
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
+    done = shell(f"inspect {shlex.quote(str(GOLDEN))} | true")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_standard_error_the_code_still_tells() -> None:
+    done = shell("inspect nowhere.safetensors 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_text_that_would_steer_a_terminal_is_spelled_out() -> None:
