@@ -20,7 +20,7 @@ from prefixkit.backbones.attention import KEYWORD, Injected, implementation, ins
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.geometry import measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
-from prefixkit.backbones.positions import query_index, refuse_unplaceable
+from prefixkit.backbones.positions import has_alibi, query_index, refuse_unplaceable, takes_positions
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import KeyValuePrefix, key_value_prefix
 from prefixkit.prefix import Prefix, matches
@@ -174,6 +174,13 @@ def _refuse_unready(model: PreTrainedModel) -> None:
         raise BackboneError(where, found="a model that a loaded backbone is using", next_step=step)
     if uses_registry(model):
         implementation(model)
+    elif not takes_positions(model) and not has_alibi(model.config):
+        raise BackboneError(
+            where,
+            expected="a model that places tokens by position ids or by counting its attention mask",
+            found="one that counts the slots of its cache, where padding would part prefix and text",
+            next_step="use a decoder such as Llama or GPT-2",
+        )
 
 
 def _refuse_reentrant(model: PreTrainedModel) -> None:

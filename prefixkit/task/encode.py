@@ -80,7 +80,8 @@ def check_task(task: TaskRecord, tokenizer: ModelTokenizer) -> None:
     stop_ids(task, tokenizer)
     template_fields(task.input_template)
     if template_fields(task.target_template) != ("target",):
-        raise ConfigError(f"task {task.name}", expected="the one field {target}", found=repr(task.target_template))
+        found, step = repr(task.target_template), "write {target} once in target_template"
+        raise ConfigError(f"task {task.name}", expected="the one field {target}", found=found, next_step=step)
     if task.bos == "after":
         _bos_id(task, tokenizer)
     if tokenizer.bos and task.input_template.startswith(tokenizer.bos):

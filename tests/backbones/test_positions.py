@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MptConfig, PreTrainedModel
 
 from prefixkit.backbones.attach import attach
 from prefixkit.backbones.identity import context_length
 from prefixkit.backbones.positions import has_alibi, refuse_unplaceable, takes_positions
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import Positions
-from tests.architectures import CONFIGS, tiny
+from tests.architectures import CONFIGS, VOCAB, tiny
 from tests.backbones.test_decoder import wrap
 from tests.ragged import alone, padded, prompts, random_prefix
 
@@ -63,6 +63,16 @@ def test_text_that_cannot_be_placed_is_refused(make: object) -> None:
         refuse_unplaceable(model, WITHIN, length)
     with pytest.raises(BackboneError, match=message):
         attach(model, replace(random_prefix(model), positions=WITHIN))
+
+
+def test_a_model_that_counts_cache_slots_is_refused() -> None:
+    """MPT biases attention by slot: left padding would push its prefix away from the text."""
+    config = MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=VOCAB, max_seq_len=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(BackboneError, match=r"mpt: expected .* found one that counts the slots of its cache"):
+        attach(model, random_prefix(model))
+    with pytest.raises(BackboneError, match="counts the slots of its cache"):
+        wrap(model).logits(prompts()[0][None], None, random_prefix(model))
 
 
 def test_models_with_position_ids_place_text_anywhere() -> None:

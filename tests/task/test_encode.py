@@ -125,7 +125,7 @@ def test_malformed_template_is_refused(template: str, tokenizer: ModelTokenizer,
 
 
 def test_target_template_has_the_one_field_target(tokenizer: ModelTokenizer, e2e: TaskRecord) -> None:
-    with pytest.raises(ConfigError, match=r"expected the one field \{target\}"):
+    with pytest.raises(ConfigError, match=r"expected the one field \{target\}; .*; write \{target\} once"):
         check_task(replace(e2e, target_template="{output}"), tokenizer)
 
 
