@@ -174,7 +174,7 @@ def _refuse_unready(model: PreTrainedModel) -> None:
         raise BackboneError(where, found="a model that a loaded backbone is using", next_step=step)
     if uses_registry(model):
         implementation(model)
-    elif not takes_positions(model) and not has_alibi(model.config):
+    if not takes_positions(model) and not has_alibi(model.config):
         raise BackboneError(
             where,
             expected="a model that places tokens by position ids or by counting its attention mask",

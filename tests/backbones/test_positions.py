@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MptConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BartConfig, MptConfig, PreTrainedModel
 
 from prefixkit.backbones.attach import attach
 from prefixkit.backbones.identity import context_length
@@ -65,11 +65,30 @@ def test_text_that_cannot_be_placed_is_refused(make: object) -> None:
         attach(model, replace(random_prefix(model), positions=WITHIN))
 
 
-def test_a_model_that_counts_cache_slots_is_refused() -> None:
-    """MPT biases attention by slot: left padding would push its prefix away from the text."""
+def mpt() -> PreTrainedModel:
+    """It biases attention by slot: left padding would push its prefix away from the text."""
     config = MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=VOCAB, max_seq_len=128)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(BackboneError, match=r"mpt: expected .* found one that counts the slots of its cache"):
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def bart() -> PreTrainedModel:
+    """A decoder alone, which passes over position ids: its text would start at 0, whatever the prefix says."""
+    shape = {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+    }
+    config = BartConfig(vocab_size=VOCAB, is_encoder_decoder=False, is_decoder=True, **shape)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("make", [mpt, bart])
+def test_a_model_that_counts_cache_slots_is_refused(make: object) -> None:
+    assert callable(make)
+    model = make()
+    with pytest.raises(BackboneError, match=r"expected .* found one that counts the slots of its cache"):
         attach(model, random_prefix(model))
     with pytest.raises(BackboneError, match="counts the slots of its cache"):
         wrap(model).logits(prompts()[0][None], None, random_prefix(model))
