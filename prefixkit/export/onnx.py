@@ -115,7 +115,7 @@ def export_onnx(
             _copy_companions(decoder.folder, folder)
             if loaded is not None and not baked:
                 loaded = save(loaded, folder / PREFIX)
-        draft = report_document(decoder, loaded, dtype=dtype, baked=baked, weights=weights)
+        draft = report_document(folder, decoder, loaded, dtype=dtype, baked=baked, weights=weights)
         _write_report(folder, draft)
         with stages.stage("verifying"):
             cases = verify(folder, decoder, injection)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from prefixkit import __version__
@@ -14,6 +15,7 @@ from prefixkit.export.tracing import OPSET
 from prefixkit.export.wrapper import takes_positions
 from prefixkit.format.manifest import document
 from prefixkit.prefix import Prefix
+from prefixkit.serving.graph_files import listed
 from prefixkit.serving.report import INPUTS, OUTPUTS, VERSION
 
 GRAPH = "onnx/model.onnx"
@@ -22,15 +24,15 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
 
 def report_document(
-    decoder: Decoder, prefix: Prefix | None, *, dtype: str, baked: bool, weights: str
+    folder: Path, decoder: Decoder, prefix: Prefix | None, *, dtype: str, baked: bool, weights: str
 ) -> dict[str, Any]:
-    """Everything but what verification adds."""
+    """Everything but what verification adds, of the graph that lies in `folder`."""
     return {
         "version": VERSION,
         "prefixkit": __version__,
         "target": "portable",
         "backbone": document(decoder.identity),
-        "graph": _graph(decoder, dtype, weights),
+        "graph": _graph(folder, decoder, dtype, weights),
         "model": _model(decoder),
         "prefix": None if prefix is None else _prefix(prefix, baked),
         "contract": _contract(decoder, prefix, baked),
@@ -43,12 +45,13 @@ def with_results(draft: Mapping[str, Any], cases: Sequence[CaseResult], seconds:
     return {**draft, "parity": [asdict(case) for case in cases], "seconds": dict(seconds)}
 
 
-def _graph(decoder: Decoder, dtype: str, weights: str) -> dict[str, Any]:
+def _graph(folder: Path, decoder: Decoder, dtype: str, weights: str) -> dict[str, Any]:
     inputs = dict(INPUTS)
     if not takes_positions(decoder.model):
         del inputs["position_ids"]
     return {
         "file": GRAPH,
+        "files": [asdict(file) for file in listed(folder, folder / GRAPH)],
         "opset": OPSET,
         "dtype": dtype,
         "logits_dtype": "float32",

@@ -107,7 +107,7 @@ _INJECTIONS: dict[str, Check] = {
     "task_head": _kind({"labels": _COUNT}),
 }
 
-_BACKBONE = record(
+BACKBONE = record(
     {
         "name": _NAME,
         "family": _NAME,
@@ -153,7 +153,7 @@ _PROVENANCE = record(
 _MANIFEST = record(
     {
         "schema": _schema,
-        "backbone": _BACKBONE,
+        "backbone": BACKBONE,
         "injections": array(_injection, least=1),
         "provenance": _PROVENANCE,
         "content": _TREE,

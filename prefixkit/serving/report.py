@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixkit.errors import FormatError, InputError
 from prefixkit.format.canonical import read_json
+from prefixkit.format.checks import Problem, array, boolean, integer, mapping, one_of, record, text
+from prefixkit.format.digest import TREE_TAG
 from prefixkit.format.manifest import BackboneIdentity, Manifest, parse, parse_backbone
+from prefixkit.format.stored import refuse
+from prefixkit.format.validate import BACKBONE, problems
+from prefixkit.serving.graph_files import GraphFile
 
 FILE = "export.json"
 VERSION = 1
@@ -33,6 +38,7 @@ class ExportedFolder:
         folder: where it was read.
         backbone: the frozen model in the graph.
         graph: the file, relative to `folder`.
+        files: that file and those beside it, as they were exported; none in reports of before they were listed.
         dtype: of past and present, `float32` or `float16`.
         takes_positions: whether the graph has the input `position_ids`.
         prefix_file: the prefix beside the graph, relative to `folder`; None without one, or where it is baked.
@@ -43,6 +49,7 @@ class ExportedFolder:
     folder: Path
     backbone: BackboneIdentity
     graph: str
+    files: tuple[GraphFile, ...]
     dtype: str
     takes_positions: bool
     prefix_file: str | None
@@ -66,21 +73,61 @@ def read_report(folder: str | Path) -> ExportedFolder:
     version = stored.get("version") if isinstance(stored, dict) else None
     if version != VERSION:
         raise FormatError(path, expected=f"version {VERSION}", found=f"{version}", next_step="export again")
-    try:
-        return _parse(Path(folder), stored)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(path, expected="a whole report", found=f"a damaged one ({error})") from error
+    refuse(path, list(_problems(stored)), next_step="export again")
+    return _parse(Path(folder), stored)
+
+
+_FILE = text(r"[^./\\:][^/\\:]*(/[^./\\:][^/\\:]*)*", "a file inside the folder")
+_GRAPH = record(
+    {"file": _FILE, "dtype": one_of(("float32", "float16")), "inputs": mapping(text())},
+    {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
+)
+
+
+def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the parts that serving reads."""
+    yield from _GRAPH("/graph", _picked(stored.get("graph"), "file", "dtype", "inputs", "files"))
+    found = list(BACKBONE("/backbone", stored.get("backbone")))
+    yield from found
+    if not found and "decoder" not in stored["backbone"]["stacks"]:
+        yield Problem("/backbone/stacks", "expected a decoder; found none")
+    prefix = stored.get("prefix")
+    if prefix is not None:
+        yield from _prefix_problems(prefix)
+
+
+def _prefix_problems(prefix: Any) -> Iterator[Problem]:
+    file = prefix.get("file") if isinstance(prefix, dict) else None
+    yield from record({"baked": boolean, "manifest": mapping(_anything)})(
+        "/prefix", _picked(prefix, "baked", "manifest")
+    )
+    yield from _FILE("/prefix/file", file) if file is not None else ()
+    manifest = prefix.get("manifest") if isinstance(prefix, dict) else None
+    if isinstance(manifest, dict):
+        # A prefix that was baked without having been saved has no digest of its own.
+        for problem in problems({"content": f"{TREE_TAG}{'0' * 64}", **manifest}):
+            yield Problem(f"/prefix/manifest{problem.pointer}", problem.message)
+
+
+def _anything(pointer: str, value: Any) -> Iterator[Problem]:
+    return iter(())
+
+
+def _picked(stored: Any, *names: str) -> Any:
+    """The fields `names` of an object: others are for other readers."""
+    return {name: stored[name] for name in names if name in stored} if isinstance(stored, dict) else stored
 
 
 def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
-    graph, prefix = stored["graph"], stored["prefix"]
+    graph, prefix = stored["graph"], stored.get("prefix")
     return ExportedFolder(
         folder=folder,
         backbone=parse_backbone(stored["backbone"]),
         graph=graph["file"],
+        files=tuple(GraphFile(**file) for file in graph.get("files", ())),
         dtype=graph["dtype"],
         takes_positions="position_ids" in graph["inputs"],
-        prefix_file=prefix["file"] if prefix else None,
-        prefix=parse(prefix["manifest"]) if prefix else None,
-        baked=bool(prefix and prefix["baked"]),
+        prefix_file=prefix.get("file") if prefix is not None else None,
+        prefix=parse(prefix["manifest"]) if prefix is not None else None,
+        baked=prefix is not None and prefix["baked"],
     )

@@ -13,11 +13,12 @@ import numpy as np
 import onnxruntime
 
 from prefixkit.errors import ConfigError, FormatError, PrefixkitError
+from prefixkit.serving.graph_files import check_files
 from prefixkit.serving.prefix_table import Array, ServedPrefix, stacked
 from prefixkit.serving.report import INPUTS, OUTPUTS, ExportedFolder
 
 Device = Literal["auto", "cpu", "cuda"]
-_WARNINGS, _ERRORS, _FATAL = 2, 3, 4
+_WARNINGS, _FATAL = 2, 4
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
@@ -32,7 +33,9 @@ class Runtime:
         self.layers = folder.backbone.stacks["decoder"]
         self.dtype = np.dtype(folder.dtype)
         self.takes_positions = folder.takes_positions
+        check_files(folder.folder, folder.files)
         self.session = _load(folder.folder / folder.graph, device, threads)
+        _check_past(folder, self.session.get_inputs())
         # The list of available providers names those whose libraries are missing, too.
         self.device = "cuda" if _PROVIDERS["cuda"] in self.session.get_providers() else "cpu"
         if device == "cuda" and self.device != "cuda":
@@ -112,7 +115,8 @@ def _per_layer(names: dict[str, str], which: str, tensors: int) -> Iterator[str]
 def _load(path: Path, device: Device, threads: int | None) -> Any:
     providers = _providers(device)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS
+    # What goes wrong is raised as well, and told in one line.
+    options.log_severity_level = _FATAL
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -120,6 +124,24 @@ def _load(path: Path, device: Device, threads: int | None) -> Any:
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # as above; a file that is missing, cut or of a newer opset
         raise FormatError(path, expected="a graph that onnxruntime can load", found=_first_line(error)) from error
+
+
+def _check_past(folder: ExportedFolder, inputs: Sequence[Any]) -> None:
+    """Raise FormatError where the graph's cache is not the one that the report describes."""
+    type_ = {"float32": "tensor(float)", "float16": "tensor(float16)"}[folder.dtype]
+    layers = folder.backbone.stacks["decoder"]
+    dims = [(layer.kv_heads, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
+    names = _per_layer(INPUTS, "past", len(dims))
+    expected = {name: (type_, heads, dim) for name, (heads, dim) in zip(names, dims, strict=True)}
+    others = {name for name in INPUTS.values() if "%d" not in name}
+    found = {one.name: (one.type, one.shape[1], one.shape[-1]) for one in inputs if one.name not in others}
+    if found != expected:
+        raise FormatError(
+            folder.folder / folder.graph,
+            expected=f"the past that export.json describes: {len(dims)} tensors of {folder.dtype}",
+            found=", ".join(sorted({f"{type_} of {heads} heads of {dim}" for type_, heads, dim in found.values()})),
+            next_step="export again",
+        )
 
 
 def _providers(device: Device) -> list[str]:

@@ -197,16 +197,66 @@ def test_folders_that_cannot_be_served_are_one_line(family: str, tmp_path: Path)
     with pytest.raises(FormatError, match="expected version 1; found 2; export again"):
         Session(folder)
     edit(folder, {"version": 1, "graph": {}})
-    with pytest.raises(FormatError, match="expected a whole report"):
+    with pytest.raises(
+        FormatError, match=r"/graph: expected the field 'file'; found none \(and 2 more\): export again"
+    ):
         Session(folder)
 
 
-def test_damaged_graph_is_one_line(family: str, tmp_path: Path) -> None:
-    folder = copied(family, tmp_path)
-    graph = folder / "onnx" / "model.onnx"
-    graph.write_bytes(graph.read_bytes()[:100])
+@pytest.mark.parametrize(
+    ("part", "changes", "told"),
+    [
+        ("graph", {"dtype": "banana"}, "/graph/dtype: expected 'float32' or 'float16'; found 'banana'"),
+        (
+            "graph",
+            {"dtype": "float16"},
+            "model.onnx: expected the past that export.json describes: 4 tensors of float16",
+        ),
+        ("graph", {"file": 3}, "/graph/file: expected a file inside the folder; found 3"),
+        ("graph", {"file": "../served/onnx/model.onnx"}, "/graph/file: expected a file inside the folder"),
+        ("graph", {"file": "/served/onnx/model.onnx"}, "/graph/file: expected a file inside the folder"),
+        ("graph", {"inputs": None}, "/graph/inputs: expected an object; found None"),
+        ("backbone", {"stacks": {}}, "/backbone/stacks: expected an object that is not empty"),
+        ("backbone", {"context_length": "x"}, "/backbone/context_length: expected a whole number of 1 or more"),
+        ("prefix", {"file": "../prefix.safetensors"}, "/prefix/file: expected a file inside the folder"),
+        ("prefix", {"manifest": {}}, "/prefix/manifest: expected the field 'schema'"),
+        ("prefix", {"baked": "no"}, "/prefix/baked: expected true or false"),
+    ],
+)
+def test_damaged_report_is_one_line(part: str, changes: dict[str, object], told: str, tmp_path: Path) -> None:
+    folder = copied("gpt2", tmp_path)
+    report = json.loads((folder / "export.json").read_text())
+    edit(folder, {part: {**report[part], **changes}})
+    with pytest.raises(FormatError) as caught:
+        Session(folder, device="cpu", threads=1)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["graph", "backbone", "prefix"])
+def test_report_with_a_part_of_another_kind_is_one_line(part: str, tmp_path: Path) -> None:
+    folder = copied("gpt2", tmp_path)
+    for other in ([], "x", 7):
+        edit(folder, {part: other})
+        with pytest.raises(FormatError, match=f"/{part}: expected an object"):
+            Session(folder, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_damaged_graph_is_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copied("gpt2", tmp_path)
+    path = folder / "onnx" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FormatError, match=rf"{name}: expected the exported file; found another of the same size"):
+        Session(folder)
+    path.write_bytes(whole[:100])
+    with pytest.raises(FormatError, match=rf"{name}: expected {len(whole):,} bytes; found 100; export again"):
+        Session(folder)
+    graph = json.loads((folder / "export.json").read_text())["graph"]
+    edit(folder, {"graph": {**graph, "files": []}})
     with pytest.raises(FormatError, match=r"model.onnx: expected a graph that onnxruntime can load"):
-        Session(folder)
+        Session(folder, device="cpu")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_prefix_exchanged_in_the_folder_is_checked(family: str, tmp_path: Path) -> None:
