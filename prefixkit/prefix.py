@@ -80,7 +80,7 @@ def save(prefix: Prefix, path: str | Path) -> Prefix:
     content = content_digest(lines, described)
     described["content"] = content
     found = problems(described) or tensor_problems(described, tensors) or _not_finite(tensors)
-    refuse(path, found, next_step="nothing was written")
+    refuse(path, found, next_step="correct it and save it again; nothing was written")
     metadata = {"format": "pt", KEY: canonical(described, path).decode()}
     write_stream(path, encode(tensors, metadata))
     return Prefix(replace(prefix.manifest, content=content), prefix.tensors)

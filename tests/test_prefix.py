@@ -261,6 +261,12 @@ def test_a_mismatch_can_be_allowed_but_not_of_shapes() -> None:
         matches(prefix, replace(IDENTITY, hidden_size=16), allow_mismatch=True)
 
 
+def test_a_refused_save_says_what_to_do(tmp_path: Path) -> None:
+    bad = changed(small_prefix(), KEY, np.full((2, 3, 4), np.nan, np.float32))
+    with pytest.raises(FormatError, match="NaN or Infinity: correct it and save it again; nothing was written"):
+        save(bad, tmp_path / "x")
+
+
 def test_another_tokenizer_is_a_level_of_its_own() -> None:
     hashes = ["b3-v1:" + digit * 64 for digit in "01"]
     prefix = small_prefix()

@@ -88,9 +88,14 @@ def _tensors(stored: StoredPrefix) -> list[dict[str, Any]]:
 
 
 def _match(stored: StoredPrefix, folder: Path) -> dict[str, Any]:
+    from prefixkit.errors import BackboneError
     from prefixkit.format.manifest import parse
     from prefixkit.format.match import check, facts, folder_facts
 
+    if not folder.is_dir():
+        step = "download the model and give its folder; inspect does not reach for the hub"
+        what = "a file" if folder.exists() else "none of that name"
+        raise BackboneError(f"--backbone {folder}", expected="a local model folder", found=what, next_step=step)
     made_for, found = facts(parse(stored.document).backbone), folder_facts(folder)
     level = check(f"{stored.path} on {folder}", made_for, found)
     # A tokenizer that differs has been refused.

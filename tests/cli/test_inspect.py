@@ -257,6 +257,15 @@ def test_a_folder_that_is_no_backbone(capsys: Out, tmp_path: Path) -> None:
     assert "expected model.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "found"), [("openai-community/gpt2", "none of that name"), (str(GOLDEN), "a file")])
+def test_a_hub_id_is_told_to_be_no_folder(name: str, found: str, capsys: Out) -> None:
+    assert run(["inspect", str(GOLDEN), "--backbone", name]) == 2
+    told = (
+        f"prefixkit: --backbone {name}: expected a local model folder; found {found}; download the model and give its"
+    )
+    assert capsys.readouterr().err.startswith(told)
+
+
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "pydantic", "jsonschema", "rich", "safetensors")
 
 
