@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +36,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it."""
-    from prefixkit.cli.training_display import quiet_transformers
+    from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.data.batches import encode_examples
     from prefixkit.data.readers import read_examples
     from prefixkit.injections import key_value_prefix
@@ -54,9 +51,10 @@ def evaluate(
     model, tokenizer = _fitting(loaded, task, backbone, device, dtype, allow_mismatch)
     groups = evaluation.grouped(read_examples(data, fields=input_fields(task)), limit)
     injection = None if no_prefix else key_value_prefix(loaded)
+    task = evaluation.within_context(task, model, injection)
     examples = encode_examples(task, tokenizer, evaluation.ungrouped(groups))
     generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    with _progress(len(groups)) as done:
+    with progress_of("writing", len(groups)) as done:
         written = evaluation.write(model, task, tokenizer, groups, injection, **generation, done=done)
     metrics = {"loss": mean_loss(model, examples, injection, batch_size), **evaluation.scores(written)}
     if output is not None:
@@ -78,15 +76,6 @@ def _fitting(
     tokenizer = load_tokenizer(model.folder)
     check_task(task, tokenizer)
     return model, tokenizer
-
-
-def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar on a terminal; nothing in a log file, where it would leave a blank line."""
-    from prefixkit.cli.training_display import progress_of
-
-    if sys.stderr is not None and sys.stderr.isatty():
-        return progress_of("writing", total)
-    return nullcontext(lambda done: None)
 
 
 def required_task(where: Path, task: Any) -> Any:

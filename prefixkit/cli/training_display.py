@@ -79,10 +79,12 @@ class TrainingDisplay:
 
 @contextmanager
 def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error for `total` things; the function it yields hears how many are done."""
+    """A bar on a terminal for `total` things; the function that is yielded hears how many are done."""
     console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with bar:
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -1,6 +1,6 @@
 """The flags are a contract: this golden file changes only on purpose.
 
-    python -m tests.cli.test_options > tests/golden/options.json
+python -m tests.cli.test_options > tests/golden/options.json
 """
 
 from __future__ import annotations
