@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prefixkit.backbones.snapshot import snapshot as snapshot
     from prefixkit.export.onnx import export_onnx as export_onnx
     from prefixkit.methods.prefix_tuning import PrefixTuning as PrefixTuning
+    from prefixkit.methods.prompt_tuning import PromptTuning as PromptTuning
     from prefixkit.prefix import Prefix as Prefix
     from prefixkit.prefix import load as load
     from prefixkit.prefix import save as save
@@ -31,6 +32,7 @@ _HOME = {
     "detach": "prefixkit.backbones.attach",
     "load_backbone": "prefixkit.backbones.load",
     "PrefixTuning": "prefixkit.methods.prefix_tuning",
+    "PromptTuning": "prefixkit.methods.prompt_tuning",
     "TrainConfig": "prefixkit.training.config",
     "train": "prefixkit.training.loop",
     "export_onnx": "prefixkit.export.onnx",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "Prefix",
     "PrefixTuning",
+    "PromptTuning",
     "Session",
     "TrainConfig",
     "attach",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefixkit.errors import InputError
+from prefixkit.format import names
 from prefixkit.format.manifest import InjectionRecord, Positions
 from prefixkit.prefix import Array, Prefix, key_values
 
@@ -60,8 +62,73 @@ class KeyValuePrefix:
         return stored
 
 
-Injection = KeyValuePrefix
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPrompt:
+    """Input vectors before the text, in the place of token vectors.
+
+    Lester et al. 2021 (arXiv 2104.08691) train them as prompt tuning.
+
+    Attributes:
+        embeddings: [prefix, hidden], after the model's embedding scale, before position embeddings are added.
+        positions: where the text that follows starts counting; the prompt stands at the positions before it.
+        token_ids: the tokens that the vectors equal, where they are real ones.
+    """
+
+    embeddings: Tensor
+    positions: Positions
+    token_ids: tuple[int, ...] | None = None
+    stack: str = field(default="decoder")
+
+    @property
+    def length(self) -> int:
+        """The number of prompt vectors."""
+        return self.embeddings.shape[0]
+
+    def record(self) -> InjectionRecord:
+        """How a manifest describes this injection."""
+        return InjectionRecord(
+            kind="embedding_prompt",
+            stack=self.stack,
+            length=self.length,
+            placement="prepend",
+            positions=self.positions,
+            token_ids=self.token_ids,
+        )
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensor under the name that a prefix file gives it."""
+        return {names.PROMPT: _array(self.embeddings)}
+
+
+Injection = KeyValuePrefix | EmbeddingPrompt
 """The union of injections that a method may return. It is closed: a new kind means a new version of the schema."""
+
+
+def injection(prefix: Prefix) -> Injection:
+    """What a loaded file injects.
+
+    Raises:
+        InputError: more than one injection, or one that this version cannot place.
+    """
+    records = prefix.manifest.injections
+    if len(records) == 1 and records[0].kind == "key_value_prefix":
+        return key_value_prefix(prefix)
+    if len(records) == 1 and (records[0].kind, records[0].placement) == ("embedding_prompt", "prepend"):
+        return embedding_prompt(prefix)
+    found = ", ".join(" ".join(filter(None, (record.kind, record.placement, record.mode))) for record in records)
+    raise InputError("prefix", expected="keys and values, or a prepended prompt", found=found)
+
+
+def embedding_prompt(prefix: Prefix) -> EmbeddingPrompt:
+    """The prompt of a loaded file, in the dtype that it is stored in."""
+    record = next(record for record in prefix.manifest.injections if record.kind == "embedding_prompt")
+    assert record.length is not None
+    return EmbeddingPrompt(
+        embeddings=_tensor(prefix.tensors[names.PROMPT]),
+        positions=record.positions or Positions(text_start=record.length),
+        token_ids=record.token_ids,
+        stack=record.stack or "decoder",
+    )
 
 
 def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:

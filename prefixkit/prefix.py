@@ -121,7 +121,8 @@ def key_values(prefix: Prefix, *, stack: str = "decoder", attention: str = "self
             values = (prefix.tensors[names.value(stack, attention, layer)] for layer in layers)
             return list(zip(keys, values, strict=True))
     kinds = ", ".join(record.kind for record in prefix.manifest.injections)
-    raise InputError("prefix", expected=f"keys and values for {stack}.{attention}", found=kinds)
+    step = "`prefixkit export --onnx` folds a prompt; use the prefix.safetensors of its folder"
+    raise InputError("prefix", expected=f"keys and values for {stack}.{attention}", found=kinds, next_step=step)
 
 
 def matches(prefix: Prefix, identity: BackboneIdentity, allow_mismatch: bool = False) -> match.Level:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, int] = {
     "prefixkit": 0,
     "prefixkit.errors": 0,
+    "prefixkit.settings": 0,
     "prefixkit.spelling": 0,
     "prefixkit.format": 0,
     "prefixkit.prefix": 1,
@@ -28,7 +29,7 @@ FLOORS: dict[str, int] = {
     "prefixkit.cli": 6,
     "prefixkit.__main__": 7,
 }
-# errors, spelling and format share the ground: they are the only neighbours who meet.
+# errors, settings, spelling and format share the ground: they are the only neighbours who meet.
 GROUND = {name for name, floor in FLOORS.items() if floor == 0}
 
 FROM_FLOOR = {

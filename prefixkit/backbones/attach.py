@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uses_registry
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
+from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
 from prefixkit.backbones.positions import has_alibi, query_index, refuse_unplaceable, takes_positions
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.injections import KeyValuePrefix, key_value_prefix
+from prefixkit.injections import Injection, KeyValuePrefix, injection
 from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
@@ -30,9 +31,9 @@ _ATTACHMENT = "_prefixkit_attachment"
 
 
 class MakesPrefix(Protocol):
-    """A method: a module whose current parameters make a prefix."""
+    """A method: a module whose current parameters make what the model receives."""
 
-    def __call__(self) -> KeyValuePrefix: ...
+    def __call__(self) -> Injection: ...
 
 
 class FixedPrefix(nn.Module):
@@ -90,7 +91,7 @@ class Attachment:
     def _before(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = inspect.signature(module.forward).parameters
         keywords = {**dict(zip(names, arguments, strict=False)), **keywords}
-        prefix = self.method() if self.method is not None else None
+        prefix = fold(self.model, self.method()) if self.method is not None else None
         tokens = keywords.get("input_ids")
         tokens = keywords["inputs_embeds"] if tokens is None else tokens
         if self.previous is None:
@@ -107,7 +108,7 @@ class Attachment:
 
 def attach(
     model: PreTrainedModel,
-    prefix: Prefix | KeyValuePrefix | nn.Module,
+    prefix: Prefix | Injection | nn.Module,
     *,
     freeze: bool = True,
     allow_mismatch: bool = False,
@@ -124,7 +125,8 @@ def attach(
 
     Args:
         model: a decoder of `transformers`, with any head on it, computing attention with sdpa or eager.
-        prefix: a loaded file, a `KeyValuePrefix`, or a method such as `methods.prefix_tuning.PrefixTuning`.
+        prefix: a loaded file, a `KeyValuePrefix`, an `EmbeddingPrompt` (folded once, here), or a method such as
+            `methods.prefix_tuning.PrefixTuning`.
         freeze: stop gradients into the backbone's parameters, heads included (`detach` lets flow what flowed before).
         allow_mismatch: take a file that was made for other weights, as long as the shapes fit.
 
@@ -140,10 +142,10 @@ def attach(
     if isinstance(prefix, Prefix):
         if not allow_mismatch:
             check_origin(prefix, model)
-        prefix = key_value_prefix(prefix)
-    method = FixedPrefix(prefix) if isinstance(prefix, KeyValuePrefix) else prefix
+        prefix = injection(prefix)
     with torch.no_grad():
-        check_fits(model, method())
+        method = prefix if isinstance(prefix, nn.Module) else FixedPrefix(fold(model, prefix))
+        check_fits(model, fold(model, method()))
     attachment = Attachment(model, method)
     if freeze:
         attachment.freeze()

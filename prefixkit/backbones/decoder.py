@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
+from prefixkit.backbones.attach import Attachment, FixedPrefix
+from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import Injection, KeyValuePrefix
 
 
 @dataclass
@@ -58,15 +59,31 @@ class Decoder:
         limits = windows if self.context_length is None else [*windows, self.context_length]
         return min(limits, default=None)
 
-    def room_behind(self, prefix: KeyValuePrefix | None) -> int | None:
+    @property
+    def hidden_size(self) -> int:
+        """The width of token vectors."""
+        return self.identity.hidden_size
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """[vocab, hidden]: the vector of every token, after the model's embedding scale."""
+        table = self.model.get_input_embeddings()
+        vectors: Tensor = table(torch.arange(table.num_embeddings, device=self.device))
+        return vectors.detach()
+
+    def fold(self, received: Injection) -> KeyValuePrefix:
+        """`received` as keys and values; see `prefixkit.backbones.folding`."""
+        return fold(self.model, received)
+
+    def room_behind(self, prefix: Injection | None) -> int | None:
         """How many tokens of text the context has behind `prefix`; None where it has no end."""
         start = prefix.positions.text_start if prefix is not None else 0
         return None if self.context_length is None else self.context_length - start
 
     @contextmanager
-    def injected(self, prefix: KeyValuePrefix | None) -> Iterator[PreTrainedModel]:
+    def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:
         """The model with `prefix` in it for the length of a `with` block."""
-        self._attachment.method = _constant(prefix)
+        self._attachment.method = None if prefix is None else FixedPrefix(self.fold(prefix))
         try:
             yield self.model
         finally:
@@ -80,7 +97,7 @@ class Decoder:
         return self.model
 
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: KeyValuePrefix | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Injection | None = None
     ) -> Tensor:
         """Next-token logits [batch, seq, vocab] of `input_ids` [batch, seq], each row as if it were alone.
 
@@ -91,7 +108,7 @@ class Decoder:
         return logits
 
     def logits_where(
-        self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: KeyValuePrefix | None = None
+        self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Injection | None = None
     ) -> Tensor:
         """Logits [chosen, vocab] at the positions where `chosen` [batch, seq] is True; no others are computed."""
         head = self.model.get_output_embeddings()
@@ -125,7 +142,7 @@ class Decoder:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        prefix: KeyValuePrefix | None = None,
+        prefix: Injection | None = None,
         *,
         stop: Sequence[int],
         max_new_tokens: int,
@@ -151,7 +168,7 @@ class Decoder:
             written.update(zip(chosen, rows, strict=True))
         return [list(takewhile(lambda token: token not in stop, written[index])) for index in range(len(prompts))]
 
-    def _new_tokens(self, length: int, prefix: KeyValuePrefix | None, wanted: int) -> int:
+    def _new_tokens(self, length: int, prefix: Injection | None, wanted: int) -> int:
         room = self.room_behind(prefix)
         if room is not None and length >= room:
             raise BackboneError(
@@ -163,7 +180,7 @@ class Decoder:
         return wanted if room is None else min(wanted, room - length)
 
     def _written(
-        self, prompts: Sequence[Sequence[int]], prefix: KeyValuePrefix | None, settings: GenerationConfig
+        self, prompts: Sequence[Sequence[int]], prefix: Injection | None, settings: GenerationConfig
     ) -> list[list[int]]:
         width = max(map(len, prompts))
         rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -176,7 +193,3 @@ class Decoder:
             )
         continuations: list[list[int]] = written[:, width:].tolist()
         return continuations
-
-
-def _constant(prefix: KeyValuePrefix | None) -> MakesPrefix | None:
-    return None if prefix is None else FixedPrefix(prefix)

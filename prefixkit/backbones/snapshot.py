@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefixkit import __version__
+from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import windows
 from prefixkit.backbones.identity import identify, origin
 from prefixkit.errors import BackboneError
@@ -34,7 +35,7 @@ def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: Tas
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
     injection = attached()
     manifest = Manifest(
-        backbone=_identity(model, injection),
+        backbone=_identity(model, fold(model, injection)),
         injections=(injection.record(),),
         provenance=Provenance(method=method, prefixkit=__version__),
         task=task,

@@ -39,7 +39,7 @@ def evaluate(
     from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.data.batches import encode_examples
     from prefixkit.data.readers import read_examples
-    from prefixkit.injections import key_value_prefix
+    from prefixkit.injections import injection
     from prefixkit.prefix import load
     from prefixkit.task import input_fields
     from prefixkit.training import evaluation
@@ -50,13 +50,13 @@ def evaluate(
     task = required_task(prefix, loaded.manifest.task)
     model, tokenizer = _fitting(loaded, task, backbone, device, dtype, allow_mismatch)
     groups = evaluation.grouped(read_examples(data, fields=input_fields(task)), limit)
-    injection = None if no_prefix else key_value_prefix(loaded)
-    task = evaluation.within_context(task, model, injection)
+    received = None if no_prefix else model.fold(injection(loaded))
+    task = evaluation.within_context(task, model, received)
     examples = encode_examples(task, tokenizer, evaluation.ungrouped(groups))
     generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with progress_of("writing", len(groups)) as done:
-        written = evaluation.write(model, task, tokenizer, groups, injection, **generation, done=done)
-    metrics = {"loss": mean_loss(model, examples, injection, batch_size), **evaluation.scores(written)}
+        written = evaluation.write(model, task, tokenizer, groups, received, **generation, done=done)
+    metrics = {"loss": mean_loss(model, examples, received, batch_size), **evaluation.scores(written)}
     if output is not None:
         _write(output, written)
     _print(metrics, len(groups), len(examples), as_json)

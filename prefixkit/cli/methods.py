@@ -23,3 +23,4 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         return
     for entry in METHODS.values():
         typer.echo(f"{entry.name}  {entry.trains} ({entry.backbones}; {entry.paper})")
+        typer.echo(f"    --init {', '.join(entry.init)}")

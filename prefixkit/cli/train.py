@@ -41,8 +41,10 @@ def train(
     output: Annotated[str | None, typer.Option("--output", "-o", help="The prefix file to write.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Validation examples; the best validation is kept.")] = None,
     task: Annotated[str | None, typer.Option(help="text, e2e, chat or a TOML file.")] = None,
-    length: Annotated[int | None, typer.Option(help="Prefix slots. [16]")] = None,
-    init: Annotated[str | None, typer.Option(help="text, text:WORDS, random, zeros or prefix:FILE. [text]")] = None,
+    length: Annotated[int | None, typer.Option(help="Prefix slots or prompt vectors. [16]")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="The start; `prefixkit methods` lists each method's. [its first]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="0 writes the initial prefix. [one epoch, at least 500]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of --steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [the method's own]")] = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.folding import folded
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError
@@ -22,7 +23,7 @@ from prefixkit.export.verify import refuse_differences, verify
 from prefixkit.export.weights import WEIGHTS, Weights, save_graph
 from prefixkit.export.wrapper import takes_positions
 from prefixkit.format.atomic import replacing_folder
-from prefixkit.injections import KeyValuePrefix, key_value_prefix
+from prefixkit.injections import key_value_prefix
 from prefixkit.prefix import Prefix, load, matches, save
 from prefixkit.serving.report import FILE
 
@@ -105,7 +106,8 @@ def export_onnx(
     with stages.stage("loading"):
         loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
         decoder = _decoder(backbone, dtype)
-        injection = _fitting(loaded, decoder, allow_mismatch)
+        loaded = _fitting(loaded, decoder, allow_mismatch)
+        injection = key_value_prefix(loaded) if loaded is not None else None
     with replacing_folder(out_dir, marker=FILE) as folder:
         (folder / GRAPH).parent.mkdir()
         with stages.stage("tracing"):
@@ -142,10 +144,12 @@ def _decoder(backbone: Decoder | str | Path, dtype: str) -> Decoder:
     return load_backbone(backbone, dtype=dtype)
 
 
-def _fitting(prefix: Prefix | None, decoder: Decoder, allow_mismatch: bool) -> KeyValuePrefix | None:
+def _fitting(prefix: Prefix | None, decoder: Decoder, allow_mismatch: bool) -> Prefix | None:
+    """`prefix` with its prompt folded, and refused where `decoder` cannot have it."""
     if prefix is None:
         return None
     matches(prefix, decoder.identity, allow_mismatch=allow_mismatch)
+    prefix = folded(prefix, decoder.release())
     injection = key_value_prefix(prefix)
     refuse_swallowed(decoder.geometry, injection.length, decoder.identity.name)
     if not takes_positions(decoder.model) and injection.positions.text_start != injection.length:
@@ -158,7 +162,7 @@ def _fitting(prefix: Prefix | None, decoder: Decoder, allow_mismatch: bool) -> K
     if limit is not None and injection.positions.text_start >= limit:
         found = f"a prefix that leaves none of its {limit}"
         raise InputError(decoder.identity.name, expected="room for text in the context", found=found)
-    return injection
+    return prefix
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -6,19 +6,56 @@ paper speaks of activations), the MLP's bottleneck is 512 wide, and there is no 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
-from prefixkit.methods.catalogue import REPARAMETERIZATIONS
+from prefixkit.methods import initialization, start
+from prefixkit.methods.method import Material, Method
 from prefixkit.methods.reparameterization import MLP, Direct
+from prefixkit.settings import at_least, check_types, one_of
+
+REPARAMETERIZATIONS = ("none", "mlp")
 
 
-class PrefixTuning(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is trained.
+
+    Attributes:
+        length: prefix slots.
+        init: `text` (the training data's own words), `text:WORDS`, `random`, `zeros` or `prefix:FILE`.
+        reparameterization: `none`, or `mlp` as in the paper.
+        bottleneck: width of the MLP's middle layer.
+        positions: `offset` counts the text from `length`, as decoders' caches do; `none` counts it from 0.
+    """
+
+    name: str = "prefix-tuning"
+    length: int = 16
+    init: str = "text"
+    reparameterization: str = "none"
+    bottleneck: int = 512
+    positions: str = "offset"
+
+    def __post_init__(self) -> None:
+        check_types(self, "method.")
+        at_least("--length", self.length, 1)
+        at_least("bottleneck", self.bottleneck, 1)
+        one_of("reparameterization", self.reparameterization, REPARAMETERIZATIONS)
+        one_of("positions", self.positions, ("offset", "none"))
+
+    @property
+    def default_lr(self) -> float:
+        """Chosen by tests/bench/defaults.py."""
+        return {"none": 1e-1, "mlp": 2e-3}[self.reparameterization]
+
+
+class PrefixTuning(Method):
     """A trainable key-value prefix. Calling the module gives the current `KeyValuePrefix`, with gradients.
 
     Args:
@@ -74,6 +111,35 @@ class PrefixTuning(nn.Module):
     def _flat(self) -> Tensor:
         trained: Tensor = self.prefix()
         return trained if self.frozen is None else torch.cat([self.frozen, trained])
+
+
+def make(settings: Settings, material: Material) -> PrefixTuning:
+    """Prefix-Tuning at its start. Raises ConfigError for a start that it does not know."""
+    offset = settings.positions == "offset"
+    begin = _start(settings, material)
+    return PrefixTuning(
+        replace(begin, positions=Positions(text_start=begin.length if offset else 0, prefix_takes_positions=offset)),
+        reparameterization=settings.reparameterization,
+        hidden=material.backbone.hidden_size,
+        bottleneck=settings.bottleneck,
+        paper_start=settings.init == "random",
+    )
+
+
+def _start(settings: Settings, material: Material) -> KeyValuePrefix:
+    match settings.init.partition(":"):
+        case "text", _, words:
+            text = start.words(material, words)
+            # A trained BOS would no longer be the one that the contract promises.
+            frozen = 0 if material.bos_id is None else 1
+            return replace(initialization.from_text(material.backbone, text, settings.length), frozen_slots=frozen)
+        case "random", "", _:
+            return initialization.random_like(material.backbone, material.words, settings.length, material.seed)
+        case "zeros", "", _:
+            return initialization.zeros(material.backbone, settings.length)
+        case "prefix", _, file if file:
+            return start.from_parent(material, file, settings.length, KeyValuePrefix)
+    raise start.unknown(settings.name, settings.init)
 
 
 def _refuse_all_frozen(start: KeyValuePrefix) -> None:

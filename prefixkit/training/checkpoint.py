@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefixkit.errors import ConfigError
 from prefixkit.format.atomic import write_bytes
-from prefixkit.methods.prefix_tuning import PrefixTuning
+from prefixkit.methods.method import Method
 from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
@@ -89,7 +89,7 @@ def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
         raise _unreadable(path, error) from error
 
 
-def best_method(method: PrefixTuning, state: State) -> None:
+def best_method(method: Method, state: State) -> None:
     """Put the parameters of the best validation back into `method`; without one it stays as it is."""
     if state.best is not None:
         method.load_state_dict(state.best)

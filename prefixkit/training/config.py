@@ -7,58 +7,34 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path, PurePath
-from typing import Any, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from prefixkit.errors import ConfigError
-from prefixkit.methods.catalogue import METHODS, REPARAMETERIZATIONS
+from prefixkit.methods.catalogue import METHODS, method_file
+from prefixkit.methods.method import MethodSettings
+from prefixkit.settings import at_least, check_types, not_negative, one_of, positive, record
 from prefixkit.spelling import did_you_mean
 
-_LARGEST = 1e6
-"""No epochs, learning rate, norm or decay beyond it makes sense, and arithmetic ends somewhere."""
 _LARGEST_SEED = 2**53 - 1
-CHOICES = {
-    "reparameterization": REPARAMETERIZATIONS,
-    "positions": ("offset", "none"),
-    "loss": ("mean", "sum"),
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("float32", "bfloat16", "float16"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """What is trained.
-
-    Attributes:
-        length: prefix slots.
-        init: `text` (the training data's own words), `text:WORDS`, `random`, `zeros` or `prefix:FILE`.
-        reparameterization: `none`, or `mlp` as in the paper.
-        bottleneck: width of the MLP's middle layer.
-        positions: `offset` counts the text from `length`, as decoders' caches do; `none` counts it from 0.
-    """
-
-    name: str = "prefix-tuning"
-    length: int = 16
-    init: str = "text"
-    reparameterization: str = "none"
-    bottleneck: int = 512
-    positions: str = "offset"
-
-    def __post_init__(self) -> None:
-        _coerce(self, "method.")
+_FILES = ("prefix", "npy")
+"""Starts whose argument is a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear decay to zero.
+    """How parameters are updated.
 
     Attributes:
+        name: `adamw`, or `adafactor` as prompt tuning specifies it.
+        schedule: `linear` decay to zero, or `constant`; both after the warm-up.
         lr: the peak learning rate; None takes the method's default.
         loss: `mean` over target tokens, or `sum` over an example's tokens and mean over examples (the paper's code).
     """
 
+    name: str = "adamw"
+    schedule: str = "linear"
     lr: float | None = None
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -66,7 +42,14 @@ class OptimizerConfig:
     loss: str = "mean"
 
     def __post_init__(self) -> None:
-        _coerce(self, "optimizer.")
+        check_types(self, "optimizer.")
+        one_of("optimizer.name", self.name, ("adamw", "adafactor"))
+        one_of("schedule", self.schedule, ("linear", "constant"))
+        one_of("loss", self.loss, ("mean", "sum"))
+        at_least("warmup_steps", self.warmup_steps, 0)
+        positive("--lr", self.lr)
+        positive("max_grad_norm", self.max_grad_norm)
+        not_negative("weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +67,10 @@ class EvaluationConfig:
     limit: int = 512
 
     def __post_init__(self) -> None:
-        _coerce(self, "evaluation.")
+        check_types(self, "evaluation.")
+        at_least("every", self.every, 0)
+        at_least("patience", self.patience, 0)
+        at_least("limit", self.limit, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +88,36 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _coerce(self, "")
-        _check(self)
+        check_types(self, "")
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        at_least("--batch-size", self.batch_size, 1)
+        at_least("--steps", self.steps, 0)
+        at_least("--seed", self.seed, 0)
+        positive("--epochs", self.epochs)
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError("--seed", expected=f"at most {_LARGEST_SEED}, the largest in JSON", found=str(self.seed))
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps", expected="either --steps or --epochs", found="both")
+
+
+def method_settings(given: Mapping[str, Any], where: str = "[method]") -> MethodSettings:
+    """The settings of the method that `given` names, by default those of prefix-tuning.
+
+    Raises:
+        ConfigError: an unknown method, or settings that it does not have.
+    """
+    name = given.get("name", "prefix-tuning")
+    if name not in METHODS:
+        step = did_you_mean(str(name), METHODS)
+        raise ConfigError("--method", expected=", ".join(METHODS), found=repr(name), next_step=step)
+    settings: MethodSettings = record(method_file(name).Settings, given, where)
+    return settings
 
 
 def from_mapping(settings: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
@@ -117,7 +126,10 @@ def from_mapping(settings: Mapping[str, Any], where: str = "configuration") -> T
     Raises:
         ConfigError: an unknown or missing key, or a value of the wrong type or out of range.
     """
-    config: TrainConfig = _record(TrainConfig, settings, where)
+    given = dict(settings)
+    if isinstance(given.get("method"), Mapping):
+        given["method"] = method_settings(given["method"], f"{where} [method]")
+    config: TrainConfig = record(TrainConfig, given, where)
     return config
 
 
@@ -151,96 +163,18 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _record(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
-    hints, known = get_type_hints(kind), [entry.name for entry in fields(kind)]
-    given: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(where, expected="a known setting", found=repr(key), next_step=did_you_mean(key, known))
-        if key in ("method", "optimizer", "evaluation") and isinstance(value, Mapping):
-            given[key] = _record(hints[key], value, f"{where} [{key}]")
-        else:
-            given[key] = _typed(value, hints[key], f"{where} {key}")
-    missing = [key for key in ("backbone", "data", "output") if key in known and key not in given]
-    if missing:
-        raise ConfigError(where, expected=f"--{missing[0]}", found="none")
-    return kind(**given)
-
-
-def _coerce(config: Any, section: str) -> None:
-    """Check the types of a record that was made in Python; paths become strings and whole numbers floats."""
-    for name, hint in get_type_hints(type(config)).items():
-        object.__setattr__(config, name, _typed(getattr(config, name), hint, f"{section}{name}"))
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    accepted = get_args(hint) or (hint,)
-    if float in accepted and type(value) is int:
-        return float(value)
-    if str in accepted and isinstance(value, PurePath):
-        return str(value)
-    if type(value) not in accepted:
-        names = " or ".join(sorted(_kind(kind) for kind in accepted if kind is not type(None)))
-        raise ConfigError(where, expected=names, found=repr(value), next_step="see the settings of `prefixkit train`")
-    return value
-
-
-def _kind(kind: type[Any]) -> str:
-    named = {int: "a whole number", float: "a number", str: "a string"}
-    return f"a section of {', '.join(entry.name for entry in fields(kind))}" if is_dataclass(kind) else named[kind]
-
-
-def _check(config: TrainConfig) -> None:
-    if config.method.name not in METHODS:
-        known = ", ".join(METHODS)
-        step = did_you_mean(config.method.name, METHODS)
-        raise ConfigError("--method", expected=known, found=repr(config.method.name), next_step=step)
-    if config.steps is not None and config.epochs is not None:
-        raise ConfigError("--steps", expected="either --steps or --epochs", found="both")
-    for section in (config, config.method, config.optimizer):
-        for name, choices in CHOICES.items():
-            value = getattr(section, name, choices[0])
-            if value not in choices:
-                step = did_you_mean(str(value), choices)
-                raise ConfigError(name, expected=" or ".join(choices), found=repr(value), next_step=step)
-    _check_ranges(config)
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    least: dict[str, tuple[int | None, int]] = {
-        "--length": (config.method.length, 1),
-        "--batch-size": (config.batch_size, 1),
-        "--steps": (config.steps, 0),
-        "--seed": (config.seed, 0),
-        "bottleneck": (config.method.bottleneck, 1),
-        "warmup_steps": (config.optimizer.warmup_steps, 0),
-        "every": (config.evaluation.every, 0),
-        "patience": (config.evaluation.patience, 0),
-        "limit": (config.evaluation.limit, 1),
-    }
-    for name, (number, lowest) in least.items():
-        if number is not None and number < lowest:
-            raise ConfigError(name, expected=f"at least {lowest}", found=str(number))
-    if config.seed > _LARGEST_SEED:
-        raise ConfigError("--seed", expected=f"at most {_LARGEST_SEED}, the largest in JSON", found=str(config.seed))
-    positive = {
-        "--epochs": config.epochs,
-        "--lr": config.optimizer.lr,
-        "max_grad_norm": config.optimizer.max_grad_norm,
-    }
-    for name, amount in positive.items():
-        if amount is not None and not 0 < amount <= _LARGEST:
-            raise ConfigError(name, expected=f"a positive number, at most {_LARGEST:g}", found=str(amount))
-    decay = config.optimizer.weight_decay
-    if not 0 <= decay <= _LARGEST:
-        raise ConfigError("weight_decay", expected=f"from 0 to {_LARGEST:g}", found=str(decay))
-
-
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
     for local in ("backbone", "data", "eval_data", "output", "device"):
         del kept[local]
-    if config.method.init.startswith("prefix:"):
-        kept["method"]["init"] = "prefix"
+    kind = config.method.init.partition(":")[0]
+    kept["method"]["init"] = kind if kind in _FILES else config.method.init
     return kept
+
+
+def files_of(config: TrainConfig) -> list[Path]:
+    """What the run reads, beside its backbone."""
+    kind, _, argument = config.method.init.partition(":")
+    given = (config.data, config.eval_data, config.task, argument if kind in _FILES else None)
+    return [Path(one) for one in given if one is not None]

@@ -9,7 +9,7 @@ from prefixkit.backbones.decoder import Decoder
 from prefixkit.data.readers import Example
 from prefixkit.data.references import ReferenceGroup, group_references
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import Injection
 from prefixkit.task import ModelTokenizer, decode_target, encode_prompt, encode_target, stop_ids
 from prefixkit.training.metrics import generation_scores
 
@@ -27,7 +27,7 @@ def write(
     task: TaskRecord,
     tokenizer: ModelTokenizer,
     groups: Sequence[ReferenceGroup],
-    prefix: KeyValuePrefix | None,
+    prefix: Injection | None,
     *,
     num_beams: int = 1,
     max_new_tokens: int = 100,
@@ -58,7 +58,7 @@ def write(
     return [Written(group, texts[index]) for index, group in enumerate(groups)]
 
 
-def within_context(task: TaskRecord, backbone: Decoder, prefix: KeyValuePrefix | None) -> TaskRecord:
+def within_context(task: TaskRecord, backbone: Decoder, prefix: Injection | None) -> TaskRecord:
     """`task` with no longer texts than `backbone`'s context has room for, behind `prefix`."""
     room = backbone.room_behind(prefix)
     return task if room is None or room >= task.max_length else replace(task, max_length=room)

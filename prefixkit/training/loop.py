@@ -13,9 +13,10 @@ from prefixkit.backbones.identity import memory_digest
 from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_order
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import Injection
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
+from prefixkit.training.adafactor import Adafactor
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
 from prefixkit.training.interruption import AtOnce, between_steps
@@ -67,9 +68,11 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
 
 
 def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
-    """AdamW over the method's parameters; the backbone's are not in it."""
+    """The optimizer of the method's parameters; the backbone's are not in it."""
     settings = prepared.config.optimizer
     assert settings.lr is not None
+    if settings.name == "adafactor":
+        return Adafactor(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
@@ -116,10 +119,12 @@ def _refuse_divergence(state: State) -> None:
 
 
 def schedule(step: int, prepared: Prepared) -> float:
-    """The share of the peak learning rate at `step`: a linear warm-up, then a linear decay to zero."""
+    """The share of the peak learning rate at `step`: a linear warm-up, then a linear decay to zero, or none."""
     warmup = prepared.config.optimizer.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
+    if prepared.config.optimizer.schedule == "constant":
+        return 1.0
     return (prepared.total_steps - step) / max(1, prepared.total_steps - warmup)
 
 
@@ -135,7 +140,7 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     return total.item() / tokens
 
 
-def loss_sum(backbone: Decoder, batch: Batch, prefix: KeyValuePrefix | None) -> torch.Tensor:
+def loss_sum(backbone: Decoder, batch: Batch, prefix: Injection | None) -> torch.Tensor:
     """Summed cross-entropy in nats of the batch's target tokens; only their logits are computed."""
     labels = batch.labels.to(backbone.device)
     logits = backbone.logits_where(
@@ -148,9 +153,7 @@ def loss_sum(backbone: Decoder, batch: Batch, prefix: KeyValuePrefix | None) -> 
 
 
 @torch.no_grad()
-def mean_loss(
-    backbone: Decoder, examples: list[EncodedExample], prefix: KeyValuePrefix | None, batch_size: int
-) -> float:
+def mean_loss(backbone: Decoder, examples: list[EncodedExample], prefix: Injection | None, batch_size: int) -> float:
     """Nats a target token over `examples`."""
     total, tokens = 0.0, 0
     for batch in in_order(examples, batch_size=batch_size):
@@ -165,7 +168,7 @@ def validate(prepared: Prepared, state: State, listener: Listener) -> None:
     if not prepared.validation:
         return
     size = prepared.config.batch_size * _LARGER
-    loss = mean_loss(prepared.backbone, prepared.validation, prepared.method.fold(), size)
+    loss = mean_loss(prepared.backbone, prepared.validation, prepared.backbone.fold(prepared.method.fold()), size)
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale = loss, state.step, 0

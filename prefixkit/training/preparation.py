@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,18 +17,15 @@ from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
 from prefixkit.data.readers import Example, data_hash, read_examples
 from prefixkit.errors import ConfigError
-from prefixkit.format.manifest import Positions, TaskRecord
-from prefixkit.injections import KeyValuePrefix, key_value_prefix
-from prefixkit.methods import initialization
-from prefixkit.methods.prefix_tuning import PrefixTuning
+from prefixkit.format.manifest import BackboneIdentity, TaskRecord
+from prefixkit.injections import Injection, injection
+from prefixkit.methods.catalogue import method_file
+from prefixkit.methods.method import Material, Method
 from prefixkit.prefix import load, matches
 from prefixkit.task import ModelTokenizer, input_fields, load_task, load_tokenizer
-from prefixkit.training.config import TrainConfig
+from prefixkit.training.config import TrainConfig, files_of
 
 LEAST_STEPS = 500
-# Chosen by tests/bench/defaults.py.
-DEFAULT_LR = {"none": 1e-1, "mlp": 2e-3}
-INITIALIZATIONS = ("text", "text:WORDS", "random", "zeros", "prefix:FILE")
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Prepared:
     """What a run works with.
 
     Attributes:
-        method: the trainable prefix.
+        method: what is trained.
         config: with every default that depends on the method or the data filled in.
         validation: encoded validation examples; empty without validation data.
         data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
@@ -47,7 +44,7 @@ class Prepared:
     config: TrainConfig
     backbone: Decoder
     task: TaskRecord
-    method: PrefixTuning
+    method: Method
     batches: TrainingBatches
     validation: list[EncodedExample]
     total_steps: int
@@ -71,10 +68,19 @@ def prepare(config: TrainConfig) -> Prepared:
     task = replace(task, filler_id=tokenizer.eos_id if task.filler_id is None else task.filler_id)
     examples = read_examples(config.data, fields=input_fields(task))
     encoded = encode_examples(task, tokenizer, examples)
-    start, parents = _start(config, backbone, task, tokenizer, encoded)
+    parents = _Parents(backbone.identity)
+    material = Material(
+        backbone=backbone,
+        words=_own_words(encoded, config.method.length),
+        tokenize=tokenizer.encode_text,
+        parent=parents.read,
+        labels=[tokenizer.encode_text(label) for label in task.labels or ()],
+        bos_id=_promised_bos(config, task, tokenizer),
+        seed=config.seed,
+    )
     batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed)
     held_out = _held_out(config, task)
-    method = _method(config, backbone, start)
+    method = _method(config, backbone, material)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,
@@ -86,7 +92,7 @@ def prepare(config: TrainConfig) -> Prepared:
         data_hash=data_hash(examples),
         validation_hash=data_hash(held_out) if held_out else None,
         start_digest=memory_digest(method),
-        parents=parents,
+        parents=tuple(parents.digests),
     )
 
 
@@ -103,8 +109,8 @@ def check_output(config: TrainConfig) -> None:
         raise ConfigError(path, expected="the path of a file", found="a device", next_step="choose another name")
     if not path.parent.is_dir():
         raise ConfigError(path, expected="an existing folder", found=f"no {path.parent}", next_step="create it first")
-    for given in (config.data, config.eval_data, config.task, config.method.init.removeprefix("prefix:")):
-        if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+    for given in files_of(config):
+        if path.exists() and given.exists() and path.samefile(given):
             raise ConfigError(
                 path, expected="a new file", found="an input of this run", next_step="choose another name"
             )
@@ -161,7 +167,7 @@ def _resolved(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
     """`config` with what its defaults mean for this method and this data, so that the provenance says it."""
     optimizer = config.optimizer
     if optimizer.lr is None:
-        optimizer = replace(optimizer, lr=DEFAULT_LR[config.method.reparameterization])
+        optimizer = replace(optimizer, lr=config.method.default_lr)
     return replace(config, optimizer=optimizer, steps=_total_steps(config, steps_per_epoch), epochs=None)
 
 
@@ -173,42 +179,11 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return max(LEAST_STEPS, steps_per_epoch)
 
 
-def _method(config: TrainConfig, backbone: Decoder, start: KeyValuePrefix) -> PrefixTuning:
-    offset = config.method.positions == "offset"
-    positions = Positions(text_start=start.length if offset else 0, prefix_takes_positions=offset)
-    refuse_unplaceable(backbone.model, positions, start.length)
-    return PrefixTuning(
-        replace(start, positions=positions),
-        reparameterization=config.method.reparameterization,
-        hidden=backbone.identity.hidden_size,
-        bottleneck=config.method.bottleneck,
-        paper_start=config.method.init == "random",
-    ).to(backbone.device)
-
-
-def _start(
-    config: TrainConfig,
-    backbone: Decoder,
-    task: TaskRecord,
-    tokenizer: ModelTokenizer,
-    encoded: list[EncodedExample],
-) -> tuple[KeyValuePrefix, tuple[str, ...]]:
-    kind, _, argument = config.method.init.partition(":")
-    length = config.method.length
-    words = tokenizer.encode_text(argument) if kind == "text" and argument else _own_words(encoded, length)
-    if task.bos == "before":
-        words = _with_bos(kind, words, tokenizer)
-    if kind == "text":
-        start = initialization.from_text(backbone, words, length)
-        # A trained BOS would no longer be the one that the contract promises.
-        return replace(start, frozen_slots=1 if task.bos == "before" else 0), ()
-    if kind == "random" and not argument:
-        return initialization.random_like(backbone, words, length, config.seed), ()
-    if kind == "zeros" and not argument:
-        return initialization.zeros(backbone, length), ()
-    if kind == "prefix" and argument:
-        return _from_file(argument, backbone, length)
-    raise ConfigError("--init", expected=" or ".join(INITIALIZATIONS), found=repr(config.method.init))
+def _method(config: TrainConfig, backbone: Decoder, material: Material) -> Method:
+    method = method_file(config.method.name).make(config.method, material).to(backbone.device)
+    made: Injection = method()
+    refuse_unplaceable(backbone.model, made.positions, made.length)
+    return method
 
 
 def _own_words(encoded: list[EncodedExample], length: int) -> list[int]:
@@ -221,18 +196,25 @@ def _own_words(encoded: list[EncodedExample], length: int) -> list[int]:
     return words
 
 
-def _with_bos(kind: str, words: list[int], tokenizer: ModelTokenizer) -> list[int]:
-    if kind != "text" or tokenizer.bos_id is None:
-        found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {kind}"
+def _promised_bos(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer) -> int | None:
+    """The token that the first slot has to hold for `task`. Raises ConfigError where it cannot."""
+    if task.bos != "before":
+        return None
+    if config.method.init.partition(":")[0] != "text" or tokenizer.bos_id is None:
+        found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
         raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)
-    return [tokenizer.bos_id, *words]
+    return tokenizer.bos_id
 
 
-def _from_file(path: str, backbone: Decoder, length: int) -> tuple[KeyValuePrefix, tuple[str, ...]]:
-    parent = load(path)
-    matches(parent, backbone.identity)
-    start = key_value_prefix(parent)
-    if start.length != length:
-        step = f"use --length {start.length}"
-        raise ConfigError("--init", expected=f"a prefix of {length} slots", found=f"{start.length}", next_step=step)
-    return start, (parent.manifest.content or "",)
+@dataclass
+class _Parents:
+    """The prefix files that a method starts from, each checked against the backbone."""
+
+    identity: BackboneIdentity
+    digests: list[str] = field(default_factory=list)
+
+    def read(self, path: str) -> Injection:
+        parent = load(path)
+        matches(parent, self.identity)
+        self.digests.append(parent.manifest.content or "")
+        return injection(parent)

@@ -26,12 +26,14 @@ CASES: list[dict[str, Any]] = [
     *({"lr": 0.1, "init": init} for init in ("random", "text:Describe the restaurant in one sentence :", "zeros")),
     *({"lr": lr, "reparameterization": "mlp"} for lr in (2e-3, 1e-3)),
     *({"lr": 0.1, "length": length} for length in (4, 64)),
+    *({"name": "prompt-tuning", "lr": lr} for lr in (0.3, 0.1, 1.0)),
+    *({"name": "p-tuning", "lr": lr} for lr in (3e-3, 1e-3, 1e-2)),
 ]
 
 
 def validation_loss(options: argparse.Namespace, case: dict[str, Any], seed: int) -> float:
     """The best validation loss of one run."""
-    method = {key: case[key] for key in ("length", "init", "reparameterization", "positions") if key in case}
+    method = {key: value for key, value in case.items() if key != "lr"}
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "backbone": str(options.backbone),
@@ -42,7 +44,7 @@ def validation_loss(options: argparse.Namespace, case: dict[str, Any], seed: int
             "steps": options.steps,
             "seed": seed,
             "method": method,
-            "optimizer": {"lr": case["lr"], "loss": case.get("loss", "mean")},
+            "optimizer": {"lr": case["lr"]},
         }
         return loop.train(from_mapping(settings)).manifest.provenance.metrics["validation_loss"]
 

@@ -29,12 +29,11 @@ from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examp
 from prefixkit.data.readers import read_examples
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.methods import initialization
-from prefixkit.methods.prefix_tuning import PrefixTuning
+from prefixkit.methods.prefix_tuning import PrefixTuning, Settings
 from prefixkit.task import load_task, load_tokenizer
 from prefixkit.training import evaluation
 from prefixkit.training.loop import loss_sum, mean_loss
 from prefixkit.training.metrics import generation_scores
-from prefixkit.training.preparation import DEFAULT_LR
 from tests.bench.e2e_templates import TEMPLATES
 
 VALIDATIONS = 8
@@ -61,7 +60,7 @@ def make(name: str, backbone: Decoder, words: list[int], length: int, seed: int)
             else initialization.random_like(backbone, words, length, seed)
         )
         method = PrefixTuning(start)
-        return Arm(list(method.parameters()), DEFAULT_LR["none"], method)
+        return Arm(list(method.parameters()), Settings().default_lr, method)
     if name == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 

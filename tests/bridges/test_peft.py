@@ -23,6 +23,7 @@ from prefixkit.bridges.peft import export_peft, import_peft
 from prefixkit.cli import run
 from prefixkit.errors import BackboneError, FormatError, InputError, MismatchError
 from prefixkit.format.manifest import Positions
+from prefixkit.injections import EmbeddingPrompt
 from prefixkit.prefix import Prefix, load, save
 from tests.ragged import padded, prompts
 
@@ -292,3 +293,16 @@ def test_commands_refuse_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert told in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_is_what_peft_computes_with_it(backbone_folder: Folder) -> None:
+    folder = backbone_folder("llama")
+    torch.manual_seed(7)
+    theirs = get_peft_model(model_in(folder), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+    vectors = theirs.prompt_encoder.default.embedding.weight.detach().clone()
+    prompt = EmbeddingPrompt(embeddings=vectors, positions=Positions(text_start=LENGTH))
+    row = {"input_ids": prompts()[1][None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    expected = logits(theirs, row)[:, LENGTH:]
+    found = logits(attach(model_in(folder), prompt), row)
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert (found - logits(model_in(folder), row)).abs().max() > EFFECT

@@ -56,13 +56,17 @@ def test_set_reads_toml_values(assignment: str, expected: dict[str, Any]) -> Non
         ({"optimizer": {"loss": "men"}}, "expected mean or sum; found 'men'; did you mean 'mean'"),
         ({"device": "gpu"}, "device: expected auto or cpu or cuda; found 'gpu'"),
         ({"steps": True}, "expected a whole number; found True"),
-        ({"method": 3}, "expected a section of name, length"),
+        ({"method": 3}, "expected a section of settings; found 3"),
         ({"seed": 2**53}, "--seed: expected at most 9007199254740991"),
         ({"optimizer": {"lr": 1e38}}, "--lr: expected a positive number"),
         ({"optimizer": {"max_grad_norm": 0}}, "max_grad_norm: expected a positive number"),
         ({"optimizer": {"max_grad_norm": float("nan")}}, "max_grad_norm: expected a positive number"),
         ({"optimizer": {"weight_decay": -1}}, "weight_decay: expected from 0"),
         ({"epochs": 1e308}, "--epochs: expected a positive number"),
+        ({"method": {"name": "prompt-tuning", "bottleneck": 8}}, "expected a known setting; found 'bottleneck'"),
+        ({"method": {"name": "p-tuning", "encoder": "lsm"}}, "expected lstm or mlp; found 'lsm'; did you mean 'lstm'"),
+        ({"optimizer": {"name": "adam"}}, "expected adamw or adafactor; found 'adam'; did you mean 'adamw'"),
+        ({"optimizer": {"schedule": "cosine"}}, "schedule: expected linear or constant; found 'cosine'"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -75,7 +79,7 @@ def test_records_made_in_python_are_checked_too() -> None:
     assert (config.backbone, config.data, config.output, config.epochs) == ("m", "d", "o", 2.0)
     with pytest.raises(ConfigError, match=r"steps: expected a whole number; found 2\.5"):
         TrainConfig(backbone="m", data="d", output="o", steps=2.5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="optimizer: expected a section of lr"):
+    with pytest.raises(ConfigError, match="optimizer: expected a section of name, schedule, lr"):
         TrainConfig(backbone="m", data="d", output="o", optimizer={"lr": 1})  # type: ignore[arg-type]
 
 
@@ -91,6 +95,7 @@ def test_wrong_assignments_are_named(assignment: str) -> None:
 
 
 def test_provenance_holds_no_path() -> None:
-    kept = recorded(from_mapping({**LEAST, "task": "/home/me/task.toml", "method": {"init": "prefix:/home/me/p"}}))
-    assert "/" not in str(kept)
-    assert kept["task"] == "task"
+    for method in ({"init": "prefix:/home/me/p"}, {"name": "prompt-tuning", "init": "npy:/home/me/p.npy"}):
+        kept = recorded(from_mapping({**LEAST, "task": "/home/me/task.toml", "method": method}))
+        assert "/" not in str(kept)
+        assert (kept["task"], kept["method"]["init"]) == ("task", method["init"].partition(":")[0])

@@ -1,0 +1,87 @@
+"""Folding: a soft prompt as the keys and values that it leaves in every layer.
+
+On a causal model this is exact: a prepended prompt sees nothing but itself, so its keys and values are the same before
+every text. Training runs through it too: the prompt passes the model once a step, not once a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from prefixkit import __version__
+from prefixkit.backbones.positions import takes_positions
+from prefixkit.errors import BackboneError, MismatchError
+from prefixkit.format.manifest import Provenance
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, injection
+from prefixkit.prefix import Prefix
+
+
+def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
+    """The keys and values that `model` makes of `received`, with gradients; those of a key-value prefix are its own.
+
+    Raises:
+        MismatchError: vectors of another width than the model's.
+        BackboneError: text that starts elsewhere than right behind the prompt, which has no keys and values then.
+    """
+    if isinstance(received, KeyValuePrefix):
+        return received
+    _refuse_unfoldable(model, received)
+    cache = DynamicCache()
+    vectors = received.embeddings.to(model.device, model.dtype)[None]
+    keywords: dict[str, Any] = {"attention_mask": torch.ones(vectors.shape[:2], dtype=torch.long, device=model.device)}
+    if takes_positions(model):
+        keywords["position_ids"] = torch.arange(received.length, device=model.device)[None]
+    # `forward` goes past the hooks on the decoder: this pass receives nothing.
+    with _cached(model):
+        model.get_decoder().forward(inputs_embeds=vectors, past_key_values=cache, use_cache=True, **keywords)
+    return KeyValuePrefix(
+        keys=tuple(layer.keys[0] for layer in cache.layers),
+        values=tuple(layer.values[0] for layer in cache.layers),
+        positions=received.positions,
+        stack=received.stack,
+    )
+
+
+@torch.no_grad()
+def folded(prefix: Prefix, model: PreTrainedModel) -> Prefix:
+    """`prefix` with keys and values in the place of its prompt, naming it as its parent; else `prefix` itself."""
+    received = injection(prefix)
+    if isinstance(received, KeyValuePrefix):
+        return prefix
+    made, manifest = fold(model, received), prefix.manifest
+    parents = (manifest.content,) if manifest.content is not None else manifest.provenance.parents
+    provenance: Provenance = replace(manifest.provenance, prefixkit=__version__, parents=parents)
+    return Prefix(
+        replace(manifest, injections=(made.record(),), provenance=provenance, content=None),
+        made.arrays(),
+    )
+
+
+def _refuse_unfoldable(model: PreTrainedModel, prompt: EmbeddingPrompt) -> None:
+    where, width = model.config.model_type, model.get_input_embeddings().embedding_dim
+    if prompt.embeddings.shape[1] != width:
+        found = f"{prompt.embeddings.shape[1]}"
+        step = "use the backbone that the prompt was trained on"
+        raise MismatchError(where, expected=f"prompt vectors of width {width}", found=found, next_step=step)
+    if prompt.positions.text_start != prompt.length:
+        found = f"text that starts at {prompt.positions.text_start}"
+        raise BackboneError(where, expected=f"text that starts at {prompt.length}, behind the prompt", found=found)
+
+
+@contextmanager
+def _cached(model: PreTrainedModel) -> Iterator[None]:
+    """Layers that fill the cache: gradient checkpointing would leave it out. A prompt is short enough without."""
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointing:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointing:
+            module.gradient_checkpointing = True

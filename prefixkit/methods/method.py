@@ -1,0 +1,101 @@
+"""What a method is: settings that a user gives, and a module that makes what the backbone receives.
+
+A method's file defines `Settings`, a frozen record that meets `MethodSettings`, and `make(settings, material)`. Methods
+know no backbone: what they need of one is in `Backbone`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from prefixkit.injections import Injection
+from prefixkit.methods.initialization import KeyValueSource
+
+
+class Method(nn.Module):
+    """A module whose current parameters make what the backbone receives; calling it gives that, with gradients."""
+
+    @abstractmethod
+    def forward(self) -> Injection:
+        """What the current parameters make."""
+
+    @abstractmethod
+    def fold(self) -> Injection:
+        """The same as constants: any reparametrisation is computed once and left behind."""
+
+
+@runtime_checkable
+class MethodSettings(Protocol):
+    """What every method's settings have in common; the rest is the method's own."""
+
+    @property
+    def name(self) -> str:
+        """As `--method` spells it."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Slots."""
+        ...
+
+    @property
+    def init(self) -> str:
+        """Where training starts: `KIND` or `KIND:ARGUMENT`."""
+        ...
+
+    @property
+    def default_lr(self) -> float:
+        """The peak learning rate that works unsearched."""
+        ...
+
+
+class Backbone(KeyValueSource, Protocol):
+    """A frozen model, as far as methods need one."""
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of token vectors."""
+        ...
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """[vocab, hidden]: the vector of every token."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a run has to offer a method.
+
+    Attributes:
+        backbone: the frozen model.
+        words: the first tokens of the training data, at least as many as there are slots where it has that many.
+        tokenize: the token ids of a text.
+        labels: the answers of the task, tokenised; empty where it has no fixed answers.
+        bos_id: the token that the first slot has to hold, where the usage contract promises one.
+        seed: for random starts.
+        parent: the injection in a prefix file, which is refused where it was made for another backbone.
+    """
+
+    backbone: Backbone
+    words: Sequence[int]
+    tokenize: Callable[[str], list[int]]
+    parent: Callable[[str], Injection]
+    labels: Sequence[Sequence[int]] = ()
+    bos_id: int | None = None
+    seed: int = 0
+
+
+class MethodFile(Protocol):
+    """The module that a method's file is."""
+
+    Settings: type[Any]
+
+    def make(self, settings: Any, material: Material) -> Method:
+        """The method at its start."""
+        ...

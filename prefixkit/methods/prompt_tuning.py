@@ -1,0 +1,101 @@
+"""Prompt Tuning (Lester et al. 2021, arXiv 2104.08691): trained input vectors before the text.
+
+The paper's models are T5; this is its decoder-only form, whose prompt stands at the first positions. `uniform` is
+the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which is `uniform:code`. The paper trains with Adafactor:
+`--set optimizer.name=adafactor --set optimizer.schedule=constant --set optimizer.weight_decay=1e-5 --lr 0.3`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefixkit.format.manifest import Positions
+from prefixkit.injections import EmbeddingPrompt
+from prefixkit.methods import prompt_initialization as initialization
+from prefixkit.methods import start
+from prefixkit.methods.method import Material, Method
+from prefixkit.methods.reparameterization import Direct
+from prefixkit.settings import at_least, check_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is trained.
+
+    Attributes:
+        length: prompt vectors.
+        init: `text` (the training data's own words), `text:WORDS`, `vocabulary` (common tokens by chance), `uniform`,
+            `uniform:code`, `labels` (the answers of the task), `npy:FILE` or `prefix:FILE`.
+    """
+
+    name: str = "prompt-tuning"
+    length: int = 16
+    init: str = "text"
+
+    def __post_init__(self) -> None:
+        check_types(self, "method.")
+        at_least("--length", self.length, 1)
+
+    @property
+    def default_lr(self) -> float:
+        """Chosen by tests/bench/defaults.py."""
+        return 3e-1
+
+
+class PromptTuning(Method):
+    """A trainable prompt. Calling the module gives the current `EmbeddingPrompt`, with gradients.
+
+    Args:
+        start: [prefix, hidden], where training begins.
+        frozen_slots: how many leading vectors stay what they are.
+        network: what is trained in the place of the others, giving [prefix - frozen_slots, hidden]; by default they
+            themselves.
+    """
+
+    frozen: Tensor | None
+
+    def __init__(self, start: Tensor, *, frozen_slots: int = 0, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.register_buffer("frozen", start[:frozen_slots].clone() if frozen_slots else None)
+        self.prompt = network if network is not None else Direct(start[frozen_slots:])
+
+    def forward(self) -> EmbeddingPrompt:
+        """The prompt that the current parameters make."""
+        vectors: Tensor = self.prompt()
+        if self.frozen is not None:
+            vectors = torch.cat([self.frozen, vectors])
+        return EmbeddingPrompt(embeddings=vectors, positions=Positions(text_start=vectors.shape[0]))
+
+    @torch.no_grad()
+    def fold(self) -> EmbeddingPrompt:
+        """The prompt as constants."""
+        vectors = self().embeddings.detach().clone()
+        return EmbeddingPrompt(embeddings=vectors, positions=Positions(text_start=vectors.shape[0]))
+
+
+def make(settings: Settings, material: Material) -> PromptTuning:
+    """Prompt Tuning at its start. Raises ConfigError for a start that it does not know."""
+    return PromptTuning(_start(settings, material), frozen_slots=0 if material.bos_id is None else 1)
+
+
+def _start(settings: Settings, material: Material) -> Tensor:
+    backbone, length, seed = material.backbone, settings.length, material.seed
+    match settings.init.partition(":"):
+        case "text", _, words:
+            return initialization.from_tokens(backbone.vocabulary, start.words(material, words), length)
+        case "vocabulary", "", _:
+            return initialization.sampled(backbone.vocabulary, length, seed)
+        case "labels", "", _:
+            return initialization.from_labels(backbone.vocabulary, material.labels, length, seed)
+        case "uniform", "", _:
+            return initialization.uniform(backbone.hidden_size, length, seed)
+        case "uniform", _, "code":
+            return initialization.uniform(backbone.hidden_size, length, seed, low=0.0)
+        case "npy", _, file if file:
+            return initialization.from_npy(file, backbone.hidden_size, length)
+        case "prefix", _, file if file:
+            return start.from_parent(material, file, length, EmbeddingPrompt).embeddings.float()
+    raise start.unknown(settings.name, settings.init)
