@@ -17,10 +17,8 @@ from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.methods import initialization, start
 from prefixkit.methods.method import Material, Method
-from prefixkit.methods.reparameterization import MLP, Direct
+from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct
 from prefixkit.settings import at_least, check_types, one_of
-
-REPARAMETERIZATIONS = ("none", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)

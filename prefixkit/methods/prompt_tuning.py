@@ -3,6 +3,8 @@
 The paper's models are T5; this is its decoder-only form, whose prompt stands at the first positions. `uniform` is
 the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which is `uniform:code`. The paper trains with Adafactor:
 `--set optimizer.name=adafactor --set optimizer.schedule=constant --set optimizer.weight_decay=1e-5 --lr 0.3`.
+
+With `reparameterization=mlp` it is the embedding-only ablation of Prefix-Tuning (Li & Liang 2021, section 7.2).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import prompt_initialization as initialization
 from prefixkit.methods import start
 from prefixkit.methods.method import Material, Method
-from prefixkit.methods.reparameterization import Direct
-from prefixkit.settings import at_least, check_types
+from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct
+from prefixkit.settings import at_least, check_types, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +31,26 @@ class Settings:
         length: prompt vectors.
         init: `text` (the training data's own words), `text:WORDS`, `vocabulary` (common tokens by chance), `uniform`,
             `uniform:code`, `labels` (the answers of the task), `npy:FILE` or `prefix:FILE`.
+        reparameterization: `none`, or `mlp`, whose output is added to the start.
+        bottleneck: width of the MLP's middle layer.
     """
 
     name: str = "prompt-tuning"
     length: int = 16
     init: str = "text"
+    reparameterization: str = "none"
+    bottleneck: int = 512
 
     def __post_init__(self) -> None:
         check_types(self, "method.")
         at_least("--length", self.length, 1)
+        at_least("bottleneck", self.bottleneck, 1)
+        one_of("reparameterization", self.reparameterization, REPARAMETERIZATIONS)
 
     @property
     def default_lr(self) -> float:
         """Chosen by tests/bench/defaults.py."""
-        return 3e-1
+        return {"none": 3e-1, "mlp": 2e-3}[self.reparameterization]
 
 
 class PromptTuning(Method):
@@ -78,7 +86,11 @@ class PromptTuning(Method):
 
 def make(settings: Settings, material: Material) -> PromptTuning:
     """Prompt Tuning at its start. Raises ConfigError for a start that it does not know."""
-    return PromptTuning(_start(settings, material), frozen_slots=0 if material.bos_id is None else 1)
+    begin, frozen = _start(settings, material), 0 if material.bos_id is None else 1
+    network = None
+    if settings.reparameterization == "mlp":
+        network = MLP(begin[frozen:], hidden=begin.shape[1], bottleneck=settings.bottleneck)
+    return PromptTuning(begin, frozen_slots=frozen, network=network)
 
 
 def _start(settings: Settings, material: Material) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+REPARAMETERIZATIONS = ("none", "mlp")
+
 
 class Direct(nn.Module):
     """No reparametrisation: the prefix itself is the parameter, [prefix, width]."""

@@ -115,6 +115,19 @@ def test_a_promised_bos_stays_what_it_is() -> None:
     assert (moved[1:] != VOCABULARY[[5, 6, 7]]).all()
 
 
+def test_the_embedding_only_ablation_starts_exactly_and_folds() -> None:
+    method = make(Settings(length=4, reparameterization="mlp", bottleneck=6), material(bos_id=1))
+    assert torch.equal(method().embeddings, VOCABULARY[[1, 5, 6, 7]])
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(method().embeddings[0], VOCABULARY[1])
+    assert (method().embeddings[1:] - VOCABULARY[[5, 6, 7]]).abs().max() > 0.1
+    assert (method.fold().embeddings - method().embeddings).abs().max() <= 1e-6
+    # Three trained vectors: an embedding each, then 8 -> 6 -> 8.
+    assert sum(parameter.numel() for parameter in method.parameters()) == 3 * 8 + (8 * 6 + 6) + (6 * 8 + 8)
+
+
 def test_parameter_counts_are_the_papers() -> None:
     """A hundred vectors: 51,200 numbers for T5-small, 409,600 for XXL."""
     for hidden, count in ((512, 51_200), (768, 76_800), (1024, 102_400), (2048, 204_800), (4096, 409_600)):
