@@ -1,8 +1,12 @@
 """Prompt Tuning (Lester et al. 2021, arXiv 2104.08691): trained input vectors before the text.
 
 The paper's models are T5; this is its decoder-only form, whose prompt stands at the first positions. `uniform` is
-the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which is `uniform:code`. The paper trains with Adafactor:
-`--set optimizer.name=adafactor --set optimizer.schedule=constant --set optimizer.weight_decay=1e-5 --lr 0.3`.
+the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which is `uniform:code`.
+
+How far token vectors spread differs by orders of magnitude between models. By default the learning rate counts in the
+spread of the backbone's own, so that one rate serves them all. The paper counts in ones and trains with Adafactor:
+`--set method.unit=one --set optimizer.name=adafactor --set optimizer.schedule=constant
+--set optimizer.weight_decay=1e-5 --lr 0.3`.
 
 With `reparameterization=mlp` it is the embedding-only ablation of Prefix-Tuning (Li & Liang 2021, section 7.2).
 """
@@ -19,7 +23,7 @@ from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import prompt_initialization as initialization
 from prefixkit.methods import start
 from prefixkit.methods.method import Material, Method
-from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct
+from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct, Steps
 from prefixkit.settings import at_least, check_types, one_of
 
 
@@ -33,6 +37,7 @@ class Settings:
             `uniform:code`, `labels` (the answers of the task), `npy:FILE` or `prefix:FILE`.
         reparameterization: `none`, or `mlp`, whose output is added to the start.
         bottleneck: width of the MLP's middle layer.
+        unit: of the learning rate: `spread`, the standard deviation of the vocabulary's vectors, or `one`.
     """
 
     name: str = "prompt-tuning"
@@ -40,12 +45,14 @@ class Settings:
     init: str = "text"
     reparameterization: str = "none"
     bottleneck: int = 512
+    unit: str = "spread"
 
     def __post_init__(self) -> None:
         check_types(self, "method.")
         at_least("--length", self.length, 1)
         at_least("bottleneck", self.bottleneck, 1)
         one_of("reparameterization", self.reparameterization, REPARAMETERIZATIONS)
+        one_of("unit", self.unit, ("spread", "one"))
 
     @property
     def default_lr(self) -> float:
@@ -87,9 +94,11 @@ class PromptTuning(Method):
 def make(settings: Settings, material: Material) -> PromptTuning:
     """Prompt Tuning at its start. Raises ConfigError for a start that it does not know."""
     begin, frozen = _start(settings, material), 0 if material.bos_id is None else 1
-    network = None
+    network: nn.Module = Direct(begin[frozen:])
     if settings.reparameterization == "mlp":
         network = MLP(begin[frozen:], hidden=begin.shape[1], bottleneck=settings.bottleneck)
+    elif settings.unit == "spread":
+        network = Steps(begin[frozen:], unit=material.backbone.vocabulary.std().item())
     return PromptTuning(begin, frozen_slots=frozen, network=network)
 
 

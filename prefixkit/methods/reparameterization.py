@@ -20,6 +20,22 @@ class Direct(nn.Module):
         return self.prefix
 
 
+class Steps(nn.Module):
+    """A start and, in `unit`s, the way that was gone from it, [prefix, width]: learning rates count in units."""
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, *, unit: float) -> None:
+        super().__init__()
+        self.register_buffer("start", start.clone())
+        self.unit = unit
+        self.steps = nn.Parameter(torch.zeros_like(start))
+
+    def forward(self) -> Tensor:
+        """[prefix, width]."""
+        return self.start + self.unit * self.steps
+
+
 class MLP(nn.Module):
     """Embedding(prefix, hidden) -> Linear -> Tanh -> Linear, as in Li & Liang 2021, section 4.3.
 

@@ -27,6 +27,7 @@ CASES: list[dict[str, Any]] = [
     *({"lr": lr, "reparameterization": "mlp"} for lr in (2e-3, 1e-3)),
     *({"lr": 0.1, "length": length} for length in (4, 64)),
     *({"name": "prompt-tuning", "lr": lr} for lr in (0.3, 0.1, 1.0)),
+    *({"name": "prompt-tuning", "unit": "one", "lr": lr} for lr in (0.1, 0.3, 1.0)),
     *({"name": "p-tuning", "lr": lr} for lr in (3e-3, 1e-3, 1e-2)),
 ]
 

@@ -18,7 +18,7 @@ from prefixkit.methods.catalogue import METHODS, method_file
 from prefixkit.methods.method import Material
 from prefixkit.methods.prompt_tuning import PromptTuning, Settings, make
 
-VOCABULARY = torch.randn(6000, 8, generator=torch.Generator().manual_seed(0))
+VOCABULARY = 0.1 * torch.randn(6000, 8, generator=torch.Generator().manual_seed(0))
 PARENT = EmbeddingPrompt(embeddings=torch.full((4, 8), 0.25), positions=Positions(text_start=4))
 
 
@@ -105,7 +105,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_promised_bos_stays_what_it_is() -> None:
-    method = make(Settings(length=4), material(bos_id=1))
+    method = make(Settings(length=4, unit="one"), material(bos_id=1))
     assert torch.equal(method().embeddings, VOCABULARY[[1, 5, 6, 7]])
     optimizer = torch.optim.AdamW(method.parameters(), lr=0.1, weight_decay=0.5)
     method().embeddings.pow(2).sum().backward()
@@ -113,6 +113,17 @@ def test_a_promised_bos_stays_what_it_is() -> None:
     moved = method.fold().embeddings
     assert torch.equal(moved[0], VOCABULARY[1])
     assert (moved[1:] != VOCABULARY[[5, 6, 7]]).all()
+
+
+def test_a_learning_rate_counts_in_the_spread_of_the_vocabulary() -> None:
+    """One step of Adam moves each number by the learning rate, in the unit that was asked for."""
+    for unit, length in (("one", 0.5), ("spread", 0.5 * VOCABULARY.std().item())):
+        method = make(Settings(length=3, unit=unit), material())
+        assert torch.equal(method().embeddings, VOCABULARY[[5, 6, 7]])
+        optimizer = torch.optim.Adam(method.parameters(), lr=0.5)
+        method().embeddings.sum().backward()
+        optimizer.step()
+        assert torch.allclose(VOCABULARY[[5, 6, 7]] - method().embeddings, torch.full((3, 8), length), atol=1e-5)
 
 
 def test_the_embedding_only_ablation_starts_exactly_and_folds() -> None:
