@@ -147,24 +147,30 @@ class Decoder:
         stop: Sequence[int],
         max_new_tokens: int,
         num_beams: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[list[int]]:
-        """What the model writes after each prompt, greedily or by beam search, as if that prompt were alone.
+        """What the model writes after each prompt, as if that prompt were alone.
 
-        It ends before the first stop token, after `max_new_tokens`, or where the context does.
+        It ends before the first stop token, after `max_new_tokens`, or where the context does. A `temperature` above 0
+        draws from the model's whole distribution, with `seed`; else it is greedy, or a beam search.
 
         Raises:
             BackboneError: a prompt that leaves no token of the context.
         """
         pad = stop[0] if stop else 0
         ends = list(stop) or None
-        settings = GenerationConfig(num_beams=num_beams, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        settings = GenerationConfig(num_beams=num_beams, eos_token_id=ends, pad_token_id=pad, **drawn)
         limits = [self._new_tokens(len(prompt), prefix, max_new_tokens) for prompt in prompts]
         written: dict[int, list[int]] = {}
         # Rows are written for equally long: a row cannot stop at its own end of the context while others go on.
         for limit in sorted(set(limits)):
             settings.max_new_tokens = limit
             chosen = [index for index, own in enumerate(limits) if own == limit]
-            rows = self._written([prompts[index] for index in chosen], prefix, settings)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                rows = self._written([prompts[index] for index in chosen], prefix, settings)
             written.update(zip(chosen, rows, strict=True))
         return [list(takewhile(lambda token: token not in stop, written[index])) for index in range(len(prompts))]
 

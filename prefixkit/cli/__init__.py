@@ -19,7 +19,7 @@ from prefixkit.cli import streams
 from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
-COMMANDS = ("quickstart", "train", "inspect", "export", "import", "generate", "eval", "methods")
+COMMANDS = ("quickstart", "train", "self_study", "inspect", "export", "import", "generate", "eval", "methods")
 """In the order of the help; each is a module of this package with `register(app)`, with `_` after a Python keyword."""
 
 _ISSUES = "https://github.com/prefixkit/prefixkit/issues"

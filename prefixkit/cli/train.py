@@ -40,7 +40,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="Training examples: JSONL or E2E lines.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The prefix file to write.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Validation examples; the best validation is kept.")] = None,
-    task: Annotated[str | None, typer.Option(help="text, e2e, chat or a TOML file.")] = None,
+    task: Annotated[str | None, typer.Option(help="text, continuation, e2e, chat or a TOML file.")] = None,
     length: Annotated[int | None, typer.Option(help="Prefix slots or prompt vectors. [16]")] = None,
     init: Annotated[
         str | None, typer.Option(help="The start; `prefixkit methods` lists each method's. [its first]")

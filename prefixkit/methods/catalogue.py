@@ -50,6 +50,14 @@ METHODS = {
             init=("random", "text", "text:WORDS"),
             paper="Liu et al. 2021, arXiv 2103.10385",
         ),
+        MethodEntry(
+            name="cartridge",
+            injection="key_value_prefix",
+            backbones="decoder",
+            trains="keys and values in every layer, to stand for a document (--set method.document=FILE)",
+            init=("document", "random", "prefix:FILE"),
+            paper="Eyuboglu et al. 2025, arXiv 2506.06266",
+        ),
     )
 }
 

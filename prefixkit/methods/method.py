@@ -7,7 +7,7 @@ know no backbone: what they need of one is in `Backbone`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from prefixkit.injections import Injection
 from prefixkit.methods.initialization import KeyValueSource
 
+FILE: Mapping[str, Any] = {"file": True}
+"""Marks a setting whose value is a path; the provenance keeps the hash of its content instead."""
+
 
 class Method(nn.Module):
-    """A module whose current parameters make what the backbone receives; calling it gives that, with gradients."""
+    """A module whose current parameters make what the backbone receives; calling it gives that, with gradients.
+
+    Attributes:
+        teacher: what the backbone with the method is to imitate the backbone with; None learns from the targets.
+    """
+
+    teacher: Injection | None = None
 
     @abstractmethod
     def forward(self) -> Injection:

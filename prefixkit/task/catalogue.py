@@ -33,6 +33,14 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
         "target_template": "{target}",
         "stop": ["{eos}"],
     },
+    # The target goes on where the input ends; a text that both continue is in the prefix, with its BOS.
+    "continuation": {
+        "bos": "before",
+        "input_template": "{input}",
+        "separator": "",
+        "target_template": "{target}",
+        "stop": ["{eos}"],
+    },
     # As the code of Prefix-Tuning (Li and Liang, 2021) writes it for GPT-2, where the separator, named BOS, is EOS.
     "e2e": {
         "input_template": " {input} ",
@@ -100,7 +108,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _task(
     where: str, settings: Mapping[str, Any], missing: Mapping[str, Any], tokenizer: ModelTokenizer, limit: int
 ) -> TaskRecord:
-    given = {**missing, "bos": "after" if tokenizer.adds_bos else "none", "max_length": limit, **settings}
+    bos = missing.get("bos", "after") if tokenizer.adds_bos else "none"
+    given = {**missing, "bos": bos, "max_length": limit, **settings}
     _check_types(where, given, limit)
     task = TaskRecord(
         name=given["name"],

@@ -13,11 +13,12 @@ from torch import Tensor
 from prefixkit.errors import ConfigError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.methods.method import Method
+from prefixkit.training.config import recorded
 from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
 # What may differ between a run and its continuation: places, whose contents are compared instead, and when to stop.
-_PLACES = {"backbone", "data", "eval_data", "task", "output", "device", "method.init", "evaluation.patience"}
+_PLACES = {"backbone", "data", "eval_data", "task", "output", "device", "evaluation.patience"}
 
 
 @dataclass
@@ -117,7 +118,8 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
 def _run(prepared: Prepared) -> dict[str, Any]:
     """What must be equal for a continuation to be the same run, flat: settings, and the contents of every file."""
     run: dict[str, Any] = {}
-    for key, value in asdict(prepared.config).items():
+    settings = {**asdict(prepared.config), "method": recorded(prepared.config)["method"]}
+    for key, value in settings.items():
         inner = value.items() if isinstance(value, dict) else ()
         run.update({f"{key}.{name}": item for name, item in inner} if inner else {key: value})
     return {key: value for key, value in run.items() if key not in _PLACES} | {

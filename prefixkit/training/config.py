@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from prefixkit.errors import ConfigError
 from prefixkit.methods.catalogue import METHODS, method_file
@@ -170,6 +172,8 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
         del kept[local]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init
+    for name, path in _method_files(config.method).items():
+        kept["method"][name] = f"b3-v1:{blake3(path.read_bytes()).hexdigest()}" if path.is_file() else None
     return kept
 
 
@@ -177,4 +181,10 @@ def files_of(config: TrainConfig) -> list[Path]:
     """What the run reads, beside its backbone."""
     kind, _, argument = config.method.init.partition(":")
     given = (config.data, config.eval_data, config.task, argument if kind in _FILES else None)
-    return [Path(one) for one in given if one is not None]
+    return [*(Path(one) for one in given if one is not None), *_method_files(config.method).values()]
+
+
+def _method_files(settings: Any) -> dict[str, Path]:
+    """The files that a method's own settings name."""
+    named = [entry.name for entry in fields(settings) if entry.metadata.get("file")]
+    return {name: Path(getattr(settings, name)) for name in named if getattr(settings, name)}

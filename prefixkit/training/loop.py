@@ -20,7 +20,7 @@ from prefixkit.training.adafactor import Adafactor
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
 from prefixkit.training.interruption import AtOnce, between_steps
-from prefixkit.training.objectives import cross_entropy_sum, next_token_positions, reduced
+from prefixkit.training.objectives import Objective, next_token, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 
@@ -131,7 +131,7 @@ def schedule(step: int, prepared: Prepared) -> float:
 def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One optimizer step; returns the loss in nats a target token."""
     settings = prepared.config.optimizer
-    total = loss_sum(prepared.backbone, batch, prepared.method())
+    total = prepared.objective(prepared.backbone, batch, prepared.method())
     how, tokens, examples = settings.loss, batch.target_tokens, len(batch.input_ids)
     reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
@@ -140,24 +140,18 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     return total.item() / tokens
 
 
-def loss_sum(backbone: Decoder, batch: Batch, prefix: Injection | None) -> torch.Tensor:
-    """Summed cross-entropy in nats of the batch's target tokens; only their logits are computed."""
-    labels = batch.labels.to(backbone.device)
-    logits = backbone.logits_where(
-        next_token_positions(labels),
-        batch.input_ids.to(backbone.device),
-        batch.attention_mask.to(backbone.device),
-        prefix,
-    )
-    return cross_entropy_sum(logits, labels)
-
-
 @torch.no_grad()
-def mean_loss(backbone: Decoder, examples: list[EncodedExample], prefix: Injection | None, batch_size: int) -> float:
+def mean_loss(
+    backbone: Decoder,
+    examples: list[EncodedExample],
+    prefix: Injection | None,
+    batch_size: int,
+    objective: Objective = next_token,
+) -> float:
     """Nats a target token over `examples`."""
     total, tokens = 0.0, 0
     for batch in in_order(examples, batch_size=batch_size):
-        total += loss_sum(backbone, batch, prefix).item()
+        total += objective(backbone, batch, prefix).item()
         tokens += batch.target_tokens
     return total / tokens
 
@@ -168,7 +162,8 @@ def validate(prepared: Prepared, state: State, listener: Listener) -> None:
     if not prepared.validation:
         return
     size = prepared.config.batch_size * _LARGER
-    loss = mean_loss(prepared.backbone, prepared.validation, prepared.backbone.fold(prepared.method.fold()), size)
+    received = prepared.backbone.fold(prepared.method.fold())
+    loss = mean_loss(prepared.backbone, prepared.validation, received, size, prepared.objective)
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale = loss, state.step, 0

@@ -1,9 +1,46 @@
-"""What training minimises."""
+"""What training minimises: each is the summed loss in nats of a batch's target tokens, only their logits computed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.data.batches import Batch
+from prefixkit.injections import Injection, KeyValuePrefix
+
+Objective = Callable[[Decoder, Batch, Injection | None], Tensor]
+TOP = 20
+"""How many of the teacher's most likely tokens are kept, as in the code of cartridges."""
+
+
+def next_token(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+    """The cross-entropy of the targets themselves."""
+    labels = batch.labels.to(backbone.device)
+    return cross_entropy_sum(_target_logits(backbone, batch, received), labels)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The cross-entropy of what the backbone says at the targets' places when it receives `teacher`."""
+
+    teacher: KeyValuePrefix
+
+    def __call__(self, backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+        """The summed loss of a batch."""
+        with torch.no_grad():
+            wanted = _target_logits(backbone, batch, self.teacher)
+        return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted)
+
+
+def _target_logits(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+    labels = batch.labels.to(backbone.device)
+    tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
+    return backbone.logits_where(next_token_positions(labels), tokens, mask, received)
 
 
 def next_token_positions(labels: Tensor) -> Tensor:
@@ -22,6 +59,17 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """
     wanted = labels[:, 1:][labels[:, 1:] != -100]
     return F.cross_entropy(logits.float(), wanted, reduction="sum")
+
+
+def soft_cross_entropy_sum(logits: Tensor, teacher: Tensor, top: int = TOP) -> Tensor:
+    """Summed cross-entropy in nats against the `top` most likely tokens of `teacher`, whose shares stay as they are.
+
+    Args:
+        logits: [tokens, vocab].
+        teacher: [tokens, vocab].
+    """
+    shares, tokens = torch.softmax(teacher.float(), dim=-1).topk(min(top, teacher.shape[-1]), dim=-1)
+    return -(shares * torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens)).sum()
 
 
 def reduced(total: Tensor, *, how: str, tokens: int, examples: int) -> Tensor:

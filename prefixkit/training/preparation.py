@@ -24,6 +24,7 @@ from prefixkit.methods.method import Material, Method
 from prefixkit.prefix import load, matches
 from prefixkit.task import ModelTokenizer, input_fields, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
+from prefixkit.training.objectives import Distillation, Objective, next_token
 
 LEAST_STEPS = 500
 
@@ -34,6 +35,7 @@ class Prepared:
 
     Attributes:
         method: what is trained.
+        objective: what it minimises.
         config: with every default that depends on the method or the data filled in.
         validation: encoded validation examples; empty without validation data.
         data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
@@ -45,6 +47,7 @@ class Prepared:
     backbone: Decoder
     task: TaskRecord
     method: Method
+    objective: Objective
     batches: TrainingBatches
     validation: list[EncodedExample]
     total_steps: int
@@ -68,6 +71,7 @@ def prepare(config: TrainConfig) -> Prepared:
     task = replace(task, filler_id=tokenizer.eos_id if task.filler_id is None else task.filler_id)
     examples = read_examples(config.data, fields=input_fields(task))
     encoded = encode_examples(task, tokenizer, examples)
+    held_out = _held_out(config, task)
     parents = _Parents(backbone.identity)
     material = Material(
         backbone=backbone,
@@ -78,14 +82,18 @@ def prepare(config: TrainConfig) -> Prepared:
         bos_id=_promised_bos(config, task, tokenizer),
         seed=config.seed,
     )
-    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed)
-    held_out = _held_out(config, task)
     method = _method(config, backbone, material)
+    teacher = backbone.fold(method.teacher) if method.teacher is not None else None
+    if (room := backbone.room_behind(teacher)) is not None and room < task.max_length:
+        task = replace(task, max_length=room)
+        encoded = encode_examples(task, tokenizer, examples)
+    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,
         task=task,
         method=method,
+        objective=next_token if teacher is None else Distillation(teacher),
         batches=batches,
         validation=encode_examples(task, tokenizer, held_out),
         total_steps=_total_steps(config, batches.steps_per_epoch),
@@ -200,7 +208,7 @@ def _promised_bos(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokeniz
     """The token that the first slot has to hold for `task`. Raises ConfigError where it cannot."""
     if task.bos != "before":
         return None
-    if config.method.init.partition(":")[0] != "text" or tokenizer.bos_id is None:
+    if config.method.init.partition(":")[0] not in ("text", "document") or tokenizer.bos_id is None:
         found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
         raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)
     return tokenizer.bos_id

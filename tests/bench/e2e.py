@@ -32,8 +32,9 @@ from prefixkit.methods import initialization
 from prefixkit.methods.prefix_tuning import PrefixTuning, Settings
 from prefixkit.task import load_task, load_tokenizer
 from prefixkit.training import evaluation
-from prefixkit.training.loop import loss_sum, mean_loss
+from prefixkit.training.loop import mean_loss
 from prefixkit.training.metrics import generation_scores
+from prefixkit.training.objectives import next_token
 from tests.bench.e2e_templates import TEMPLATES
 
 VALIDATIONS = 8
@@ -84,7 +85,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = arm.lr * (1 - spent)
         batch = batches.batch(step)
-        (loss_sum(backbone, batch, arm.injection()) / batch.target_tokens).backward()
+        (next_token(backbone, batch, arm.injection()) / batch.target_tokens).backward()
         torch.nn.utils.clip_grad_norm_(arm.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

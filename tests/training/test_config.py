@@ -63,7 +63,7 @@ def test_set_reads_toml_values(assignment: str, expected: dict[str, Any]) -> Non
         ({"optimizer": {"max_grad_norm": float("nan")}}, "max_grad_norm: expected a positive number"),
         ({"optimizer": {"weight_decay": -1}}, "weight_decay: expected from 0"),
         ({"epochs": 1e308}, "--epochs: expected a positive number"),
-        ({"method": {"name": "prompt-tuning", "bottleneck": 8}}, "expected a known setting; found 'bottleneck'"),
+        ({"method": {"name": "prompt-tuning", "positions": "none"}}, "expected a known setting; found 'positions'"),
         ({"method": {"name": "p-tuning", "encoder": "lsm"}}, "expected lstm or mlp; found 'lsm'; did you mean 'lstm'"),
         ({"optimizer": {"name": "adam"}}, "expected adamw or adafactor; found 'adam'; did you mean 'adamw'"),
         ({"optimizer": {"schedule": "cosine"}}, "schedule: expected linear or constant; found 'cosine'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +28,28 @@ Folder = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
 
+LR = {"prompt-tuning": 1.0, "p-tuning": 0.01}
+"""What moves a tiny random model within a few steps."""
+
+
+def chosen(method: str, folder: Path) -> dict[str, Any]:
+    """Four slots of a method, and a document where it wants one."""
+    if method != "cartridge":
+        return {"name": method, "length": 4}
+    (folder / "document.txt").write_text("blue spice is near river .\nmill is near city .\n")
+    return {"name": method, "length": 4, "document": str(folder / "document.txt")}
+
+
 @pytest.fixture
 def trained(backbone_folder: Folder, records: Path, tmp_path: Path) -> Callable[[str], Path]:
     """`trained("p-tuning")`: a file of that method, after twelve steps on a tiny GPT-2."""
 
     def make(method: str) -> Path:
         output = tmp_path / f"{method}.safetensors"
-        given = {"name": method, "length": 4}
-        loop.train(settings(backbone_folder("gpt2"), records, output, method=given, optimizer={"lr": 0.05}))
+        given = chosen(method, tmp_path)
+        loop.train(
+            settings(backbone_folder("gpt2"), records, output, method=given, optimizer={"lr": LR.get(method, 0.05)})
+        )
         return output
 
     return make
@@ -45,7 +60,7 @@ def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
     backbone_folder: Folder, records: Path, tmp_path: Path, method: str
 ) -> None:
     names = ("one", "two", "broken")
-    given = {"name": method, "length": 4}
+    given = chosen(method, tmp_path)
     one, two, broken = (settings(backbone_folder("gpt2"), records, tmp_path / name, method=given) for name in names)
     loop.train(one)
     loop.train(two)
@@ -57,8 +72,8 @@ def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(backbone_folder: Folder, records: Path, tmp_path: Path, method: str) -> None:
-    heard, given = Interrupted(), {"name": method, "length": 4}
-    lr = {"lr": 0.1 if method != "p-tuning" else 0.01}
+    heard, given = Interrupted(), chosen(method, tmp_path)
+    lr = {"lr": LR.get(method, 0.1)}
     loop.train(
         settings(backbone_folder("gpt2"), records, tmp_path / "p", method=given, optimizer=lr, steps=60), listener=heard
     )

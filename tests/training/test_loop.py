@@ -299,7 +299,7 @@ def test_sum_and_mean_differ_by_the_token_count(backbone_folder: Folder, records
     config = settings(backbone_folder("gpt2"), records, tmp_path / "p")
     prepared = loop.prepare(config)
     batch = prepared.batches.batch(0)
-    total = loop.loss_sum(prepared.backbone, batch, prepared.method())
+    total = prepared.objective(prepared.backbone, batch, prepared.method())
     mean = loop.reduced(total, how="mean", tokens=batch.target_tokens, examples=8)
     summed = loop.reduced(total, how="sum", tokens=batch.target_tokens, examples=8)
     assert summed.item() == pytest.approx(mean.item() * batch.target_tokens / 8)
