@@ -35,8 +35,11 @@ def evaluate(
     allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take another backbone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it."""
-    from prefixkit.cli.training_display import progress_of, quiet_transformers
+    """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it.
+
+    A task with a verbalizer is scored by accuracy and F1 of the labels that the model chooses.
+    """
+    from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.data.batches import encode_examples
     from prefixkit.data.readers import read_examples
     from prefixkit.injections import injection
@@ -49,17 +52,48 @@ def evaluate(
     loaded = load(prefix)
     task = required_task(prefix, loaded.manifest.task)
     model, tokenizer = _fitting(loaded, task, backbone, device, dtype, allow_mismatch)
-    groups = evaluation.grouped(read_examples(data, fields=input_fields(task)), limit)
+    groups = evaluation.grouped(read_examples(data, fields=input_fields(task), verbalizer=task.verbalizer), limit)
     received = None if no_prefix else model.fold(injection(loaded))
     task = evaluation.within_context(task, model, received)
-    examples = encode_examples(task, tokenizer, evaluation.ungrouped(groups))
-    generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    examples = evaluation.ungrouped(groups)
+    if task.verbalizer is not None:
+        records, metrics = _chosen(model, task, tokenizer, examples, received, batch_size)
+    else:
+        generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        records, metrics = _written(model, task, tokenizer, groups, received, generation)
+    loss = mean_loss(model, encode_examples(task, tokenizer, examples), received, batch_size)
+    if output is not None:
+        _write(output, records)
+    _print({"loss": loss, **metrics}, len(groups), len(examples), as_json)
+
+
+def _written(
+    model: Decoder, task: TaskRecord, tokenizer: ModelTokenizer, groups: Any, received: Any, generation: dict[str, int]
+) -> tuple[list[Any], dict[str, float]]:
+    from prefixkit.cli.training_display import progress_of
+    from prefixkit.training import evaluation
+
     with progress_of("writing", len(groups)) as done:
         written = evaluation.write(model, task, tokenizer, groups, received, **generation, done=done)
-    metrics = {"loss": mean_loss(model, examples, received, batch_size), **evaluation.scores(written)}
-    if output is not None:
-        _write(output, written)
-    _print(metrics, len(groups), len(examples), as_json)
+    records = [{**one.group.fields, "written": one.text, "references": one.group.references} for one in written]
+    return records, evaluation.scores(written)
+
+
+def _chosen(
+    model: Decoder, task: TaskRecord, tokenizer: ModelTokenizer, examples: Any, received: Any, batch_size: int
+) -> tuple[list[Any], dict[str, float]]:
+    from prefixkit.cli.training_display import progress_of
+    from prefixkit.training.classification import classify
+    from prefixkit.training.metrics.classification import classification_scores
+
+    assert task.verbalizer is not None
+    labels = {word: label for label, word in task.verbalizer.items()}
+    with progress_of("choosing", len(examples) * len(labels)) as done:
+        chosen = classify(model, task, tokenizer, examples, received, batch_size=batch_size, done=done)
+    right = [labels[example.target] for example in examples]
+    pairs = zip(examples, right, chosen, strict=True)
+    records = [{**example.fields, "label": label, "chosen": choice} for example, label, choice in pairs]
+    return records, classification_scores(chosen, right, list(task.verbalizer))
 
 
 def _fitting(
@@ -87,13 +121,10 @@ def required_task(where: Path, task: Any) -> Any:
     return task
 
 
-def _write(path: Path, written: list[Any]) -> None:
+def _write(path: Path, records: list[Any]) -> None:
     from prefixkit.format.atomic import write_bytes
 
-    lines = (
-        json.dumps({**one.group.fields, "written": one.text, "references": one.group.references}, ensure_ascii=False)
-        for one in written
-    )
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 

@@ -9,6 +9,8 @@ In the first shape `input` stands for whatever fields the task's template names,
 be a list of references: each becomes an example of its own, and `group_references` finds them together again. In the
 second the last message must be the assistant's: it is the target, and what precedes it is the input.
 
+For a task with a verbalizer the first shape has `label` in the place of `target`, which is the word that stands for it.
+
 E2E lines (`.txt`), the format of the E2E data in the code of Prefix-Tuning: `source||target `. The target keeps its
 trailing space, and a source's references stand on lines of their own.
 
@@ -24,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +36,7 @@ from prefixkit.errors import DataError
 from prefixkit.spelling import did_you_mean
 from prefixkit.task import Fields
 
+Parser = Callable[[str, str, Sequence[str]], "list[Example]"]
 _ONE_A_LINE = 'write one object a line (JSONL): {"input": "…", "target": "…"}'
 
 
@@ -47,16 +51,22 @@ class Example:
     """File and line, for messages about it."""
 
 
-def read_examples(path: str | Path, *, fields: Sequence[str] = ("input",)) -> list[Example]:
-    """The examples of a file, in order; `fields` are the ones that the task's template names.
+def read_examples(
+    path: str | Path, *, fields: Sequence[str] = ("input",), verbalizer: Mapping[str, str] | None = None
+) -> list[Example]:
+    """The examples of a file, in order.
+
+    Args:
+        fields: the ones that the task's template names.
+        verbalizer: the word for each label, where the task is to choose one.
 
     Raises DataError, which names the line, for a missing, empty, malformed or wrongly encoded file.
     """
     path = Path(path)
-    parse: Callable[[str, str, Sequence[str]], list[Example]] | None = None
+    parse: Parser | None = None
     examples: list[Example] = []
     for number, line in _lines(path):
-        parse = parse or _parser(path, line)
+        parse = parse or _parser(path, line, verbalizer)
         examples += parse(line, f"{path}:{number}", fields)
     if not examples:
         raise DataError(path, expected="at least one example", found="an empty file", next_step="write one a line")
@@ -101,7 +111,9 @@ def _opened(path: Path) -> Iterator[gzip.GzipFile | BinaryIO]:
         raise DataError(path, expected="a readable file", found=found, next_step=step) from error
 
 
-def _parser(path: Path, first_line: str) -> Callable[[str, str, Sequence[str]], list[Example]]:
+def _parser(path: Path, first_line: str, verbalizer: Mapping[str, str] | None) -> Parser:
+    if verbalizer is not None:
+        return partial(_from_labelled, verbalizer=verbalizer)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _from_json
@@ -123,14 +135,7 @@ def _from_e2e(line: str, where: str, fields: Sequence[str]) -> list[Example]:
 
 
 def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        found = f"{_quoted(line)} ({error})"
-        raise DataError(where, expected="one JSON object", found=found, next_step=_ONE_A_LINE) from error
-    if not isinstance(record, dict):
-        raise DataError(where, expected="one JSON object", found=_quoted(line), next_step=_ONE_A_LINE)
+    record = _object(line, where)
     if "messages" in record and "target" not in record:
         return [_from_messages(record["messages"], where)]
     wanted = ("input",) if tuple(fields) == ("messages",) else tuple(fields)
@@ -140,6 +145,30 @@ def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
     if not all(isinstance(reference, str) for reference in references):
         raise DataError(where, expected="'target' as text or a list of texts", found=_quoted(json.dumps(targets)))
     return [_example(inputs, reference, where) for reference in references]
+
+
+def _from_labelled(line: str, where: str, fields: Sequence[str], *, verbalizer: Mapping[str, str]) -> list[Example]:
+    record = _object(line, where)
+    inputs = {name: _text(record, name, where) for name in fields}
+    label = record.get("label")
+    # Labels are often numbers; JSON's true is not 1.
+    named = str(label) if isinstance(label, (str, int)) and not isinstance(label, bool) else json.dumps(label)
+    if named not in verbalizer:
+        expected = f"'label' as one of {', '.join(verbalizer)}"
+        raise DataError(where, expected=expected, found=_quoted(named), next_step=did_you_mean(named, verbalizer))
+    return [_example(inputs, verbalizer[named], where)]
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        found = f"{_quoted(line)} ({error})"
+        raise DataError(where, expected="one JSON object", found=found, next_step=_ONE_A_LINE) from error
+    if not isinstance(record, dict):
+        raise DataError(where, expected="one JSON object", found=_quoted(line), next_step=_ONE_A_LINE)
+    return record
 
 
 def _example(fields: Fields, target: str, where: str) -> Example:

@@ -6,6 +6,9 @@
     stop = ["{eos}"]                   the first is taught, each ends generation
     bos = "none"                       "none", "before" (the prefix holds it) or "after" (one is put behind it)
     max_length = 128                   tokens of prompt and target together
+    [verbalizer]                       for a task that chooses one of several labels: the word for each,
+    positive = "great"                 which is its target; at least two, all different
+    negative = "terrible"
 
 What a file leaves out is as in the task `text`, except `bos`: it follows the tokenizer, which knows whether its model
 expects one.
@@ -50,7 +53,7 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 READY_MADE = (*TEMPLATES, "chat")
-KEYS = ("name", "input_template", "separator", "target_template", "stop", "bos", "max_length")
+KEYS = ("name", "input_template", "separator", "target_template", "stop", "bos", "max_length", "verbalizer")
 
 
 def load_task(name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int) -> TaskRecord:
@@ -119,6 +122,8 @@ def _task(
         bos=given["bos"],
         stop=tuple(_resolve(token, tokenizer) for token in given["stop"]),
         max_length=given["max_length"],
+        labels=tuple(given["verbalizer"]) if "verbalizer" in given else None,
+        verbalizer=given.get("verbalizer"),
     )
     check_task(task, tokenizer)
     if not input_fields(task):
@@ -138,8 +143,19 @@ def _check_types(where: str, given: Mapping[str, Any], limit: int) -> None:
     if not given["stop"]:
         step = 'write stop = ["{eos}"]: without one no answer ends'
         raise ConfigError(where, expected="at least one stop token", found="stop = []", next_step=step)
+    _check_verbalizer(where, given.get("verbalizer"))
     if type(given["max_length"]) is not int or not 1 <= given["max_length"] <= limit:
         raise ConfigError(where, expected=f"max_length from 1 to {limit}", found=repr(given["max_length"]))
+
+
+def _check_verbalizer(where: str, words: Any) -> None:
+    if words is None:
+        return
+    if not isinstance(words, dict) or not all(isinstance(word, str) and word.strip() for word in words.values()):
+        raise ConfigError(where, expected="[verbalizer] with a word for each label", found=repr(words))
+    if len(words) < 2 or len(set(words.values())) < len(words):
+        found = ", ".join(f"{label} = {word!r}" for label, word in words.items()) or "none"
+        raise ConfigError(where, expected="[verbalizer] with two different words at least", found=found)
 
 
 def _resolve(text: str, tokenizer: ModelTokenizer, written: Any = str) -> str:

@@ -69,7 +69,7 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(backbone.folder)
     task = load_task(config.task, tokenizer, max_length=room_for_text(backbone, config.method.length))
     task = replace(task, filler_id=tokenizer.eos_id if task.filler_id is None else task.filler_id)
-    examples = read_examples(config.data, fields=input_fields(task))
+    examples = read_examples(config.data, fields=input_fields(task), verbalizer=task.verbalizer)
     encoded = encode_examples(task, tokenizer, examples)
     held_out = _held_out(config, task)
     parents = _Parents(backbone.identity)
@@ -78,7 +78,7 @@ def prepare(config: TrainConfig) -> Prepared:
         words=_own_words(encoded, config.method.length),
         tokenize=tokenizer.encode_text,
         parent=parents.read,
-        labels=[tokenizer.encode_text(label) for label in task.labels or ()],
+        labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
         bos_id=_promised_bos(config, task, tokenizer),
         seed=config.seed,
     )
@@ -166,7 +166,7 @@ def room_for_text(backbone: Decoder, length: int) -> int:
 def _held_out(config: TrainConfig, task: TaskRecord) -> list[Example]:
     if config.eval_data is None:
         return []
-    examples = read_examples(config.eval_data, fields=input_fields(task))
+    examples = read_examples(config.eval_data, fields=input_fields(task), verbalizer=task.verbalizer)
     # Evenly through the file: the references of one input often stand together.
     return examples[:: -(-len(examples) // config.evaluation.limit)]
 

@@ -1,0 +1,82 @@
+"""Choosing a label: the one whose word the model finds likeliest after the input (Schick & Schuetze 2021, PET)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.data.batches import Batch, EncodedExample, collate
+from prefixkit.data.readers import Example
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import Injection
+from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
+from prefixkit.training.objectives import next_token_positions
+
+
+def classify(
+    backbone: Decoder,
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    examples: Sequence[Example],
+    received: Injection | None,
+    *,
+    batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """The label chosen for each example. `done` hears how many continuations were scored, labels times examples in all.
+
+    Raises:
+        DataError: an input that cannot be made to fit.
+    """
+    assert task.verbalizer is not None
+    labels = list(task.verbalizer)
+    scores = label_scores(backbone, task, tokenizer, examples, received, batch_size=batch_size, done=done)
+    return [labels[best] for best in scores.argmax(dim=1).tolist()]
+
+
+@torch.no_grad()
+def label_scores(
+    backbone: Decoder,
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    examples: Sequence[Example],
+    received: Injection | None,
+    *,
+    batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """[examples, labels]: the log-likelihood in nats of each label's word and the stop token behind it."""
+    assert task.verbalizer is not None
+    targets = [tuple(encode_target(task, tokenizer, word)) for word in task.verbalizer.values()]
+    room = max(map(len, targets))
+    rows: list[EncodedExample] = []
+    for example in examples:
+        prompt = tuple(encode_prompt(task, tokenizer, example.fields, room=room, where=example.where))
+        rows += [EncodedExample(prompt, target) for target in targets]
+    received = backbone.fold(received) if received is not None else None
+    scores = torch.empty(len(rows))
+    for count, indices in _by_length(rows, batch_size):
+        scores[indices] = _log_likelihoods(backbone, collate([rows[index] for index in indices]), received)
+        done(count)
+    return scores.reshape(len(examples), len(targets))
+
+
+def _by_length(rows: Sequence[EncodedExample], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield start + len(chosen), chosen
+
+
+def _log_likelihoods(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+    """[batch]: the summed log-likelihood of each row's target."""
+    places = next_token_positions(batch.labels).to(backbone.device)
+    tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
+    logits = backbone.logits_where(places, tokens, mask, received)
+    each = -F.cross_entropy(logits.float(), tokens.roll(-1, dims=1)[places], reduction="none")
+    row = places.nonzero()[:, 0]
+    return torch.zeros(len(batch.input_ids), device=each.device).index_add(0, row, each).cpu()
