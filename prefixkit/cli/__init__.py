@@ -19,8 +19,12 @@ from prefixkit.cli import streams
 from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
-COMMANDS = ("quickstart", "train", "self_study", "inspect", "export", "import", "generate", "eval", "methods")
-"""In the order of the help; each is a module of this package with `register(app)`, with `_` after a Python keyword."""
+COMMANDS = (
+    *("quickstart", "train", "self-study", "capture"),
+    *("inspect", "export", "import", "generate", "eval", "methods"),
+)
+"""In the order of the help; each is a module of this package with `register(app)`, named with `_` for `-` and after
+a Python keyword."""
 
 _ISSUES = "https://github.com/prefixkit/prefixkit/issues"
 
@@ -32,7 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in COMMANDS:
-    import_module(f"prefixkit.cli.{_command}{'_' * iskeyword(_command)}").register(app)
+    _module = _command.replace("-", "_") + "_" * iskeyword(_command)
+    import_module(f"prefixkit.cli.{_module}").register(app)
 
 
 def main() -> None:

@@ -23,4 +23,5 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         return
     for entry in METHODS.values():
         typer.echo(f"{entry.name}  {entry.trains} ({entry.backbones}; {entry.paper})")
-        typer.echo(f"    --init {', '.join(entry.init)}")
+        if entry.init:
+            typer.echo(f"    --init {', '.join(entry.init)}")

@@ -30,13 +30,13 @@ def self_study(
     from prefixkit.backbones.load import load_backbone
     from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.format.atomic import write_bytes
-    from prefixkit.methods.cartridge import read_document
+    from prefixkit.methods.document import read_document
     from prefixkit.task import load_tokenizer
     from prefixkit.training import self_study as study
     from prefixkit.training.preparation import device as chosen
 
     quiet_transformers()
-    text = read_document(str(document))
+    text = read_document(document)
     model = load_backbone(backbone, device=chosen(device), dtype=dtype)
     tokenizer = load_tokenizer(model.folder)
     with progress_of("studying", count) as done:

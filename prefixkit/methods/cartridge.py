@@ -7,12 +7,12 @@ it is, and training makes the model with the prefix predict what the model with 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.methods import initialization, start
+from prefixkit.methods.document import read_document, refuse_overlong
 from prefixkit.methods.method import FILE, Material
 from prefixkit.methods.prefix_tuning import PrefixTuning
 from prefixkit.settings import at_least, check_types
@@ -53,15 +53,16 @@ def make(settings: Settings, material: Material) -> PrefixTuning:
         ConfigError: no document, one that is shorter than the prefix, or a start that is not known.
         BackboneError: a document that the context or a sliding window does not hold.
     """
+    if not settings.document:
+        step = "add --set method.document=FILE"
+        raise ConfigError("method.document", expected="the text file to stand for", found="none", next_step=step)
     tokens = start.words(material, read_document(settings.document))
     if len(tokens) <= settings.length:
         found, step = f"one of {len(tokens)} tokens", f"use --length {max(1, len(tokens) // 4)}, or `prefixkit capture`"
         raise ConfigError(
             settings.document, expected=f"a document longer than {settings.length} tokens", found=found, next_step=step
         )
-    if (limit := material.backbone.longest_text) is not None and len(tokens) >= limit:
-        expected, found = f"a document of fewer than {limit} tokens, which the backbone can read", f"{len(tokens)}"
-        raise ConfigError(settings.document, expected=expected, found=found, next_step="split it into several")
+    refuse_overlong(settings.document, tokens, material.backbone.longest_text)
     teacher = material.backbone.key_values_of(tokens)
     method = PrefixTuning(_start(settings, material, teacher, tokens))
     method.teacher = teacher
@@ -83,17 +84,3 @@ def _start(settings: Settings, material: Material, document: KeyValuePrefix, tok
         case "prefix", _, file if file:
             return start.from_parent(material, file, settings.length, KeyValuePrefix)
     raise start.unknown(settings.name, settings.init)
-
-
-def read_document(path: str) -> str:
-    """The text of a file. Raises ConfigError for none, and for one that is not UTF-8."""
-    if not path:
-        step = "add --set method.document=FILE"
-        raise ConfigError("method.document", expected="the text file to stand for", found="none", next_step=step)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(path, expected="a text file", found="no such file", next_step="check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, expected="a text file in UTF-8", found=str(error)) from error
-    return text

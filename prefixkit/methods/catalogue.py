@@ -19,8 +19,9 @@ class MethodEntry:
     backbones: str
     trains: str
     init: tuple[str, ...]
-    """The starts that `--init` takes, the default first."""
+    """The starts that `--init` takes, the default first; none where nothing is trained."""
     paper: str
+    command: str = "train"
 
 
 METHODS = {
@@ -58,10 +59,21 @@ METHODS = {
             init=("document", "random", "prefix:FILE"),
             paper="Eyuboglu et al. 2025, arXiv 2506.06266",
         ),
+        MethodEntry(
+            name="capture",
+            injection="key_value_prefix",
+            backbones="decoder",
+            trains="nothing: the keys and values of a context, exactly, by `prefixkit capture`",
+            init=(),
+            paper="Brown et al. 2020, arXiv 2005.14165, for learning in context",
+            command="capture",
+        ),
     )
 }
 
+TRAINED = tuple(entry.name for entry in METHODS.values() if entry.command == "train")
+
 
 def method_file(name: str) -> MethodFile:
-    """The module of the method called `name`, a key of `METHODS`."""
+    """The module of the method called `name`, one of `TRAINED`."""
     return cast("MethodFile", import_module(f"prefixkit.methods.{METHODS[name].name.replace('-', '_')}"))

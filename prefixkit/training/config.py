@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from prefixkit.errors import ConfigError
-from prefixkit.methods.catalogue import METHODS, method_file
+from prefixkit.methods.catalogue import METHODS, TRAINED, method_file
 from prefixkit.methods.method import MethodSettings
 from prefixkit.settings import at_least, check_types, not_negative, one_of, positive, record
 from prefixkit.spelling import did_you_mean
@@ -115,9 +115,9 @@ def method_settings(given: Mapping[str, Any], where: str = "[method]") -> Method
         ConfigError: an unknown method, or settings that it does not have.
     """
     name = given.get("name", "prefix-tuning")
-    if name not in METHODS:
-        step = did_you_mean(str(name), METHODS)
-        raise ConfigError("--method", expected=", ".join(METHODS), found=repr(name), next_step=step)
+    if name not in TRAINED:
+        step = f"use `prefixkit {METHODS[name].command}`" if name in METHODS else did_you_mean(str(name), TRAINED)
+        raise ConfigError("--method", expected=", ".join(TRAINED), found=repr(name), next_step=step)
     settings: MethodSettings = record(method_file(name).Settings, given, where)
     return settings
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -25,6 +22,7 @@ from prefixkit.prefix import load, matches
 from prefixkit.task import ModelTokenizer, input_fields, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
 from prefixkit.training.objectives import Distillation, Objective, next_token
+from prefixkit.training.output import check_output
 
 LEAST_STEPS = 500
 
@@ -63,7 +61,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
-    check_output(config)
+    check_output(config.output, files_of(config), config.backbone)
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     tokenizer = load_tokenizer(backbone.folder)
@@ -102,42 +100,6 @@ def prepare(config: TrainConfig) -> Prepared:
         start_digest=memory_digest(method),
         parents=tuple(parents.digests),
     )
-
-
-def check_output(config: TrainConfig) -> None:
-    """Refuse an output that could not be written after hours of training, or that would replace what training reads.
-
-    Raises:
-        ConfigError: no such folder, no permission, the path of a folder or a device, or one of the run's own inputs.
-    """
-    path = Path(config.output)
-    if path.is_dir():
-        raise ConfigError(path, expected="the path of a file", found="a folder", next_step="add a file name")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise ConfigError(path, expected="the path of a file", found="a device", next_step="choose another name")
-    if not path.parent.is_dir():
-        raise ConfigError(path, expected="an existing folder", found=f"no {path.parent}", next_step="create it first")
-    for given in files_of(config):
-        if path.exists() and given.exists() and path.samefile(given):
-            raise ConfigError(
-                path, expected="a new file", found="an input of this run", next_step="choose another name"
-            )
-    if path.resolve().is_relative_to(Path(config.backbone).resolve()):
-        raise ConfigError(path, expected="a place outside the backbone's folder", found="one inside it")
-    _probe(path)
-
-
-def _probe(path: Path) -> None:
-    # The longest name that the run will write beside its output.
-    probe = Path(f"{path}.checkpoint.probe")
-    try:
-        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
-        probe.unlink()
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise ConfigError(
-            path, expected="a file that can be written", found=found, next_step="choose another"
-        ) from error
 
 
 def device(choice: str) -> str:

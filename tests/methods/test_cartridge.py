@@ -64,7 +64,7 @@ def test_the_teacher_is_no_parameter_and_no_state(tmp_path: Path) -> None:
 def test_documents_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for text, settings, message in (
         ("short", {}, "expected a document longer than 6 tokens; found one of 5 tokens; use --length 1, or"),
-        ("x" * 200, {}, "expected a document of fewer than 128 tokens, which the backbone can read; found 200"),
+        ("x" * 200, {}, "expected a text of fewer than 128 tokens, which the backbone can read; found 200"),
         (TEXT, {"document": ""}, "method.document: expected the text file to stand for; found none; add --set"),
         (TEXT, {"document": str(tmp_path / "none")}, "expected a text file; found no such file; check the path"),
         (TEXT, {"init": "zeros"}, "--init: expected document or random or prefix:FILE; found 'zeros'"),

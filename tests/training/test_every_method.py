@@ -17,7 +17,7 @@ from prefixkit.cli import run
 from prefixkit.errors import ConfigError
 from prefixkit.export.onnx import export_onnx
 from prefixkit.injections import EmbeddingPrompt, injection
-from prefixkit.methods.catalogue import METHODS
+from prefixkit.methods.catalogue import METHODS, TRAINED
 from prefixkit.prefix import load, save
 from prefixkit.serving.session import Session
 from prefixkit.task import encode_prompt, load_tokenizer, stop_ids
@@ -55,7 +55,7 @@ def trained(backbone_folder: Folder, records: Path, tmp_path: Path) -> Callable[
     return make
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
     backbone_folder: Folder, records: Path, tmp_path: Path, method: str
 ) -> None:
@@ -70,7 +70,7 @@ def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_it_learns(backbone_folder: Folder, records: Path, tmp_path: Path, method: str) -> None:
     heard, given = Interrupted(), chosen(method, tmp_path)
     lr = {"lr": LR.get(method, 0.1)}
@@ -81,7 +81,7 @@ def test_it_learns(backbone_folder: Folder, records: Path, tmp_path: Path, metho
     assert heard.validations[-1].loss < heard.validations[0].loss - 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_its_file_says_what_it_is_and_scores(
     trained: Callable[[str], Path], backbone_folder: Folder, records: Path, capfd: Out, method: str
 ) -> None:
