@@ -52,6 +52,14 @@ METHODS = {
             paper="Liu et al. 2021, arXiv 2103.10385",
         ),
         MethodEntry(
+            name="autoprompt",
+            injection="embedding_prompt",
+            backbones="decoder",
+            trains="which tokens stand before the text",
+            init=("text", "text:WORDS", "random"),
+            paper="Shin et al. 2020, arXiv 2010.15980",
+        ),
+        MethodEntry(
             name="cartridge",
             injection="key_value_prefix",
             backbones="decoder",

@@ -86,6 +86,7 @@ class Material:
         words: the first tokens of the training data, at least as many as there are slots where it has that many.
         tokenize: the token ids of a text.
         labels: the answers of the task, tokenised; empty where it has no fixed answers.
+        special_ids: tokens that are no text.
         bos_id: the token that the first slot has to hold, where the usage contract promises one.
         seed: for random starts.
         parent: the injection in a prefix file, which is refused where it was made for another backbone.
@@ -96,6 +97,7 @@ class Material:
     tokenize: Callable[[str], list[int]]
     parent: Callable[[str], Injection]
     labels: Sequence[Sequence[int]] = ()
+    special_ids: Sequence[int] = ()
     bos_id: int | None = None
     seed: int = 0
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefixkit.methods import prompt_initialization as initialization
 from prefixkit.methods import start
 from prefixkit.methods.method import Material
 from prefixkit.methods.prompt_tuning import PromptTuning
@@ -90,6 +89,6 @@ def _start(settings: Settings, material: Material) -> Tensor:
         case "random", "", _:
             return torch.zeros(settings.length, material.backbone.hidden_size)
         case "text", _, words:
-            text = start.words(material, words)
-            return initialization.from_tokens(material.backbone.vocabulary, text, settings.length)
+            tokens = start.repeated(start.words(material, words), settings.length)
+            return material.backbone.vocabulary[tokens].float().cpu()
     raise start.unknown(settings.name, settings.init)

@@ -15,18 +15,6 @@ COMMON = 5000
 """Vocabularies are sorted by frequency: the paper samples from this many tokens at their beginning."""
 
 
-def from_tokens(vocabulary: Tensor, token_ids: Sequence[int], length: int) -> Tensor:
-    """The vectors of `token_ids`, repeated or cut to `length`.
-
-    Raises:
-        ConfigError: no tokens.
-    """
-    if not token_ids:
-        raise ConfigError("--init text", expected="a text of at least one token", found="none")
-    repeated = (list(token_ids) * (length // len(token_ids) + 1))[:length]
-    return vocabulary[repeated].float().cpu()
-
-
 def sampled(vocabulary: Tensor, length: int, seed: int) -> Tensor:
     """Vectors of random common tokens, without replacement where there are enough of them."""
     generator = torch.Generator().manual_seed(seed)

@@ -106,7 +106,7 @@ def _start(settings: Settings, material: Material) -> Tensor:
     backbone, length, seed = material.backbone, settings.length, material.seed
     match settings.init.partition(":"):
         case "text", _, words:
-            return initialization.from_tokens(backbone.vocabulary, start.words(material, words), length)
+            return backbone.vocabulary[start.repeated(start.words(material, words), length)].float().cpu()
         case "vocabulary", "", _:
             return initialization.sampled(backbone.vocabulary, length, seed)
         case "labels", "", _:

@@ -14,11 +14,13 @@ from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_or
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.injections import Injection
+from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
 from prefixkit.training.adafactor import Adafactor
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
+from prefixkit.training.hotflip import HotFlip
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.objectives import Objective, next_token, reduced
 from prefixkit.training.preparation import Prepared, prepare
@@ -71,6 +73,8 @@ def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
     """The optimizer of the method's parameters; the backbone's are not in it."""
     settings = prepared.config.optimizer
     assert settings.lr is not None
+    if isinstance(prepared.method, AutoPrompt):
+        return HotFlip(prepared.method, lr=settings.lr)
     if settings.name == "adafactor":
         return Adafactor(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -106,7 +110,7 @@ def run(
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * schedule(state.step, prepared)
         batch = prepared.batches.batch(state.step)
-        state.last_loss = step(prepared, optimizer, batch)
+        state.last_loss = step(prepared, optimizer, batch, prepared.batches.batch(state.step + 1))
         state.step += 1
         _refuse_divergence(state)
         listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
@@ -128,16 +132,24 @@ def schedule(step: int, prepared: Prepared) -> float:
     return (prepared.total_steps - step) / max(1, prepared.total_steps - warmup)
 
 
-def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """One optimizer step; returns the loss in nats a target token."""
+def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch, following: Batch) -> float:
+    """One optimizer step; returns the loss in nats a target token. A search judges its moves by `following`."""
     settings = prepared.config.optimizer
     total = prepared.objective(prepared.backbone, batch, prepared.method())
     how, tokens, examples = settings.loss, batch.target_tokens, len(batch.input_ids)
     reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
-    optimizer.step()
+    if isinstance(optimizer, HotFlip):
+        optimizer.step(lambda: _loss(prepared, following))
+    else:
+        optimizer.step()
     optimizer.zero_grad()
     return total.item() / tokens
+
+
+@torch.no_grad()
+def _loss(prepared: Prepared, batch: Batch) -> float:
+    return prepared.objective(prepared.backbone, batch, prepared.method()).item()
 
 
 @torch.no_grad()

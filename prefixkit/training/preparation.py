@@ -77,6 +77,7 @@ def prepare(config: TrainConfig) -> Prepared:
         tokenize=tokenizer.encode_text,
         parent=parents.read,
         labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
+        special_ids=sorted(tokenizer.special_ids.values()),
         bos_id=_promised_bos(config, task, tokenizer),
         seed=config.seed,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefixkit.cli import run
+from prefixkit.methods.catalogue import METHODS
 from prefixkit.prefix import load
 
 Folder = Callable[..., Path]
@@ -115,4 +116,10 @@ def test_eval_refuses_another_backbone(
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["methods", "--json"]) == 0
-    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)["methods"]] == ["prefix-tuning"]
+    listed = json.loads(capsys.readouterr().out)["methods"]
+    assert [entry["name"] for entry in listed] == list(METHODS)
+    assert all(entry["paper"] and entry["trains"] for entry in listed)
+    assert run(["methods"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{name}  " in f"\n{told}" for name in METHODS)
+    assert "--init text, text:WORDS, random, zeros, prefix:FILE" in told

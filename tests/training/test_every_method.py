@@ -98,6 +98,19 @@ def test_its_file_says_what_it_is_and_scores(
     assert scored < json.loads(capfd.readouterr().out)["metrics"]["loss"] - 0.01
 
 
+def test_autoprompt_says_its_tokens_and_their_vectors(
+    trained: Callable[[str], Path], backbone_folder: Folder, capfd: Out
+) -> None:
+    path = trained("autoprompt")
+    found = injection(load(path))
+    assert isinstance(found, EmbeddingPrompt)
+    assert found.token_ids is not None
+    vocabulary = load_backbone(backbone_folder("gpt2")).vocabulary
+    assert torch.equal(found.embeddings, vocabulary[list(found.token_ids)])
+    assert run(["inspect", str(path)]) == 0
+    assert f"[{', '.join(map(str, found.token_ids))}]" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["prompt-tuning"])
 def test_a_prompt_is_folded_on_export_and_serves(
     trained: Callable[[str], Path], backbone_folder: Folder, tmp_path: Path, method: str
