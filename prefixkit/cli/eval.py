@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    prefix: Annotated[Path, typer.Argument(help="The prefix file.")],
+    prefix: Annotated[list[Path], typer.Argument(help="The prefix file; several choose labels by majority.")],
     backbone: Annotated[str, typer.Option(help="Folder or hub id of the model that it was made for.")],
     data: Annotated[str, typer.Option(help="Examples: JSONL or E2E lines; equal inputs are grouped.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N inputs.")] = None,
@@ -49,22 +49,38 @@ def evaluate(
     from prefixkit.training.loop import mean_loss
 
     quiet_transformers()
-    loaded = load(prefix)
-    task = required_task(prefix, loaded.manifest.task)
-    model, tokenizer = _fitting(loaded, task, backbone, device, dtype, allow_mismatch)
+    files = [load(path) for path in prefix]
+    task = _common_task(prefix, files)
+    model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
     groups = evaluation.grouped(read_examples(data, fields=input_fields(task), verbalizer=task.verbalizer), limit)
-    received = None if no_prefix else model.fold(injection(loaded))
-    task = evaluation.within_context(task, model, received)
+    received = [None if no_prefix else model.fold(injection(file)) for file in files]
+    for one in received:
+        task = evaluation.within_context(task, model, one)
     examples = evaluation.ungrouped(groups)
     if task.verbalizer is not None:
         records, metrics = _chosen(model, task, tokenizer, examples, received, batch_size)
     else:
         generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        records, metrics = _written(model, task, tokenizer, groups, received, generation)
-    loss = mean_loss(model, encode_examples(task, tokenizer, examples), received, batch_size)
+        records, metrics = _written(model, task, tokenizer, groups, received[0], generation)
+    encoded = encode_examples(task, tokenizer, examples)
+    losses = [mean_loss(model, encoded, one, batch_size) for one in received]
     if output is not None:
         _write(output, records)
-    _print({"loss": loss, **metrics}, len(groups), len(examples), as_json)
+    _print({"loss": sum(losses) / len(losses), **metrics}, len(groups), len(examples), as_json)
+
+
+def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
+    """The one usage contract of all files. Raises ConfigError for several, or for several that would write."""
+    from prefixkit.errors import ConfigError
+
+    tasks: list[TaskRecord] = [required_task(path, file.manifest.task) for path, file in zip(paths, files, strict=True)]
+    for path, task in zip(paths[1:], tasks[1:], strict=True):
+        if (task.verbalizer, task.input_template) != (tasks[0].verbalizer, tasks[0].input_template):
+            raise ConfigError(path, expected=f"the task of {paths[0]}", found=f"another, {task.name!r}")
+        if task.verbalizer is None:
+            step = "score them one by one"
+            raise ConfigError(path, expected="one prefix for a task that writes", found="a second", next_step=step)
+    return min(tasks, key=lambda task: task.max_length)
 
 
 def _written(
@@ -83,30 +99,34 @@ def _chosen(
     model: Decoder, task: TaskRecord, tokenizer: ModelTokenizer, examples: Any, received: Any, batch_size: int
 ) -> tuple[list[Any], dict[str, float]]:
     from prefixkit.cli.training_display import progress_of
-    from prefixkit.training.classification import classify
+    from prefixkit.training.classification import chosen, label_scores
     from prefixkit.training.metrics.classification import classification_scores
 
     assert task.verbalizer is not None
     labels = {word: label for label, word in task.verbalizer.items()}
-    with progress_of("choosing", len(examples) * len(labels)) as done:
-        chosen = classify(model, task, tokenizer, examples, received, batch_size=batch_size, done=done)
+    scores = []
+    for one in received:
+        with progress_of("choosing", len(examples) * len(labels)) as done:
+            scores.append(label_scores(model, task, tokenizer, examples, one, batch_size=batch_size, done=done))
+    choices = chosen(task, scores)
     right = [labels[example.target] for example in examples]
-    pairs = zip(examples, right, chosen, strict=True)
+    pairs = zip(examples, right, choices, strict=True)
     records = [{**example.fields, "label": label, "chosen": choice} for example, label, choice in pairs]
-    return records, classification_scores(chosen, right, list(task.verbalizer))
+    return records, classification_scores(choices, right, list(task.verbalizer))
 
 
 def _fitting(
-    prefix: Prefix, task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
+    files: list[Prefix], task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
 ) -> tuple[Decoder, ModelTokenizer]:
-    """The backbone that the prefix was made for, and its tokenizer, which can do what the task promises."""
+    """The backbone that every prefix was made for, and its tokenizer, which can do what the task promises."""
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches
     from prefixkit.task import check_task, load_tokenizer
     from prefixkit.training.preparation import device as chosen
 
     model = load_backbone(backbone, device=chosen(device), dtype=dtype)
-    matches(prefix, model.identity, allow_mismatch=allow_mismatch)
+    for file in files:
+        matches(file, model.identity, allow_mismatch=allow_mismatch)
     tokenizer = load_tokenizer(model.folder)
     check_task(task, tokenizer)
     return model, tokenizer

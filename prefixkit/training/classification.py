@@ -17,25 +17,17 @@ from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
 from prefixkit.training.objectives import next_token_positions
 
 
-def classify(
-    backbone: Decoder,
-    task: TaskRecord,
-    tokenizer: ModelTokenizer,
-    examples: Sequence[Example],
-    received: Injection | None,
-    *,
-    batch_size: int = 32,
-    done: Callable[[int], None] = lambda count: None,
-) -> list[str]:
-    """The label chosen for each example. `done` hears how many continuations were scored, labels times examples in all.
+def chosen(task: TaskRecord, scores: Sequence[Tensor]) -> list[str]:
+    """The label that most of several prefixes choose for each example, as prompts are ensembled by Lester et al. 2021.
 
-    Raises:
-        DataError: an input that cannot be made to fit.
+    Args:
+        scores: one [examples, labels] a prefix, from `label_scores`. Where as many choose one label as another, the one
+            with the larger likelihood over all prefixes is taken.
     """
-    assert task.verbalizer is not None
-    labels = list(task.verbalizer)
-    scores = label_scores(backbone, task, tokenizer, examples, received, batch_size=batch_size, done=done)
-    return [labels[best] for best in scores.argmax(dim=1).tolist()]
+    labels = list(task.verbalizer or ())
+    votes = sum(F.one_hot(each.argmax(dim=1), len(labels)) for each in scores)
+    likelihood = torch.softmax(torch.stack(list(scores)).sum(dim=0), dim=1)
+    return [labels[best] for best in (votes + 0.5 * likelihood).argmax(dim=1).tolist()]
 
 
 @torch.no_grad()
@@ -49,7 +41,13 @@ def label_scores(
     batch_size: int = 32,
     done: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """[examples, labels]: the log-likelihood in nats of each label's word and the stop token behind it."""
+    """[examples, labels]: the log-likelihood in nats of each label's word and the stop token behind it.
+
+    `done` hears how many continuations were scored, labels times examples in all.
+
+    Raises:
+        DataError: an input that cannot be made to fit.
+    """
     assert task.verbalizer is not None
     targets = [tuple(encode_target(task, tokenizer, word)) for word in task.verbalizer.values()]
     room = max(map(len, targets))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from prefixkit.data.readers import Example
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.prefix import load
 from prefixkit.task import encode_prompt, encode_target, load_task, load_tokenizer
-from prefixkit.training.classification import classify, label_scores
+from prefixkit.training.classification import chosen, label_scores
 from prefixkit.training.metrics.classification import classification_scores
+from tests.prefixes import TASK as TASK_RECORD
 from tests.ragged import random_prefix
 
 Folder = Callable[..., Path]
@@ -67,7 +69,7 @@ def test_scores_are_those_of_each_continuation_alone(backbone_folder: Folder, ta
     bare = label_scores(backbone, record, tokenizer, examples, None)
     assert (found - bare).abs().max() > 0.1
     best = [("1", "0")[index] for index in found.argmax(dim=1).tolist()]
-    assert classify(backbone, record, tokenizer, examples, prefix) == best
+    assert chosen(record, [found]) == best
 
 
 def test_a_prefix_learns_to_choose(backbone_folder: Folder, task: Path, data: Path, tmp_path: Path, capfd: Out) -> None:
@@ -93,8 +95,41 @@ def test_a_prefix_learns_to_choose(backbone_folder: Folder, task: Path, data: Pa
     bare = json.loads(capfd.readouterr().out)["metrics"]
     assert set(trained) == {"loss", "accuracy", "macro_f1"}
     assert trained["accuracy"] == 100.0 > bare["accuracy"]
-    chosen = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
-    assert chosen[4] == {"text": "eagle", "label": "0", "chosen": "0"}
+    lines = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    assert lines[4] == {"text": "eagle", "label": "0", "chosen": "0"}
+
+
+def test_most_prefixes_decide_and_likelihood_breaks_ties() -> None:
+    record = replace(TASK_RECORD, verbalizer={"a": "x", "b": "y", "c": "z"})
+    one = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -2.0, -9.0]])
+    two = torch.tensor([[-1.0, -2.0, -9.0], [-9.0, -0.1, -9.0]])
+    three = torch.tensor([[-9.0, -9.0, -0.1], [-9.0, -9.0, -8.0]])
+    assert chosen(record, [one, two, three]) == ["a", "b"]
+    assert chosen(record, [one, two]) == ["a", "b"]
+    assert chosen(record, [three]) == ["c", "c"]
+
+
+def test_several_prefixes_choose_together(
+    backbone_folder: Folder, task: Path, data: Path, tmp_path: Path, records: Path, capfd: Out
+) -> None:
+    folder, files = str(backbone_folder("gpt2")), [str(tmp_path / name) for name in ("one", "two", "three")]
+    asked = ["train", "--backbone", folder, "--steps", "2", "--length", "4"]
+    for seed, file in enumerate(files[:2]):
+        labelled = ["--data", str(data), "--task", str(task), "-o", file, "--seed", str(seed)]
+        assert run([*asked, *labelled]) == 0
+    capfd.readouterr()
+    assert run(["eval", *files[:2], "--backbone", folder, "--data", str(data), "--json"]) == 0
+    together = json.loads(capfd.readouterr().out)["metrics"]
+    alone = []
+    for file in files[:2]:
+        assert run(["eval", file, "--backbone", folder, "--data", str(data), "--json"]) == 0
+        alone.append(json.loads(capfd.readouterr().out)["metrics"]["loss"])
+    assert together["loss"] == pytest.approx(sum(alone) / 2)
+    assert run([*asked, "--data", str(records), "-o", files[2]]) == 0
+    for pair, message in ((files[1:], "expected the task of"), (files[2:] * 2, "one prefix for a task that writes")):
+        capfd.readouterr()
+        assert run(["eval", *pair, "--backbone", folder, "--data", str(data)]) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_scores_of_choices_by_hand() -> None:
