@@ -71,11 +71,13 @@ def evaluate(
 
 def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
     """The one usage contract of all files. Raises ConfigError for several, or for several that would write."""
+    from dataclasses import replace
+
     from prefixkit.errors import ConfigError
 
     tasks: list[TaskRecord] = [required_task(path, file.manifest.task) for path, file in zip(paths, files, strict=True)]
     for path, task in zip(paths[1:], tasks[1:], strict=True):
-        if (task.verbalizer, task.input_template) != (tasks[0].verbalizer, tasks[0].input_template):
+        if replace(task, name=tasks[0].name, max_length=tasks[0].max_length) != tasks[0]:
             raise ConfigError(path, expected=f"the task of {paths[0]}", found=f"another, {task.name!r}")
         if task.verbalizer is None:
             step = "score them one by one"

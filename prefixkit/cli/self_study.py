@@ -53,4 +53,6 @@ def self_study(
         )
     write_bytes(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     typer.echo(f"wrote {output} ({len(records)} conversations)")
-    typer.echo(f"next: prefixkit train --method cartridge --set method.document={document} --data {output} …")
+    typer.echo(
+        f"next: prefixkit train --method cartridge --task continuation --set method.document={document} --data {output} …"
+    )
