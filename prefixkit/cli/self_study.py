@@ -53,6 +53,5 @@ def self_study(
         )
     write_bytes(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     typer.echo(f"wrote {output} ({len(records)} conversations)")
-    typer.echo(
-        f"next: prefixkit train --method cartridge --task continuation --set method.document={document} --data {output} …"
-    )
+    options = f"--task continuation --set method.document={document} --data {output}"
+    typer.echo(f"next: prefixkit train --method cartridge {options} …")

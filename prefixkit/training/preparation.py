@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,13 +14,13 @@ from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
 from prefixkit.data.readers import Example, data_hash, read_examples
 from prefixkit.errors import ConfigError
-from prefixkit.format.manifest import BackboneIdentity, TaskRecord
-from prefixkit.injections import Injection, injection
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import Injection
 from prefixkit.methods.catalogue import method_file
 from prefixkit.methods.method import Material, Method
-from prefixkit.prefix import load, matches
-from prefixkit.task import ModelTokenizer, input_fields, load_task, load_tokenizer
+from prefixkit.task import input_fields, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
+from prefixkit.training.material import material_for
 from prefixkit.training.objectives import Distillation, Objective, next_token
 from prefixkit.training.output import check_output
 
@@ -70,17 +70,8 @@ def prepare(config: TrainConfig) -> Prepared:
     examples = read_examples(config.data, fields=input_fields(task), verbalizer=task.verbalizer)
     encoded = encode_examples(task, tokenizer, examples)
     held_out = _held_out(config, task)
-    parents = _Parents(backbone.identity)
-    material = Material(
-        backbone=backbone,
-        words=_own_words(encoded, config.method.length),
-        tokenize=tokenizer.encode_text,
-        parent=parents.read,
-        labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
-        special_ids=sorted(tokenizer.special_ids.values()),
-        bos_id=_promised_bos(config, task, tokenizer),
-        seed=config.seed,
-    )
+    parents: list[str] = []
+    material = material_for(config, backbone, task, tokenizer, encoded, parents)
     method = _method(config, backbone, material)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
     if (room := backbone.room_behind(teacher)) is not None and room < task.max_length:
@@ -99,7 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
         data_hash=data_hash(examples),
         validation_hash=data_hash(held_out) if held_out else None,
         start_digest=memory_digest(method),
-        parents=tuple(parents.digests),
+        parents=tuple(parents),
     )
 
 
@@ -155,37 +146,3 @@ def _method(config: TrainConfig, backbone: Decoder, material: Material) -> Metho
     made: Injection = method()
     refuse_unplaceable(backbone.model, made.positions, made.length)
     return method
-
-
-def _own_words(encoded: list[EncodedExample], length: int) -> list[int]:
-    """The first `length` tokens of the training data: the task itself, in the words it will be asked in."""
-    words: list[int] = []
-    for example in encoded:
-        words += [*example.prompt, *example.target]
-        if len(words) >= length:
-            break
-    return words
-
-
-def _promised_bos(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer) -> int | None:
-    """The token that the first slot has to hold for `task`. Raises ConfigError where it cannot."""
-    if task.bos != "before":
-        return None
-    if config.method.init.partition(":")[0] not in ("text", "document") or tokenizer.bos_id is None:
-        found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
-        raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)
-    return tokenizer.bos_id
-
-
-@dataclass
-class _Parents:
-    """The prefix files that a method starts from, each checked against the backbone."""
-
-    identity: BackboneIdentity
-    digests: list[str] = field(default_factory=list)
-
-    def read(self, path: str) -> Injection:
-        parent = load(path)
-        matches(parent, self.identity)
-        self.digests.append(parent.manifest.content or "")
-        return injection(parent)

@@ -1,0 +1,70 @@
+"""What a run offers its method: the words of its data, the promises of its task, and the files that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.data.batches import EncodedExample
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import Injection, injection
+from prefixkit.methods.method import Material
+from prefixkit.prefix import load, matches
+from prefixkit.task import ModelTokenizer
+from prefixkit.training.config import TrainConfig
+
+_FROM_TEXT = ("text", "document")
+"""Starts that can begin with a BOS."""
+
+
+def material_for(
+    config: TrainConfig,
+    backbone: Decoder,
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    encoded: Sequence[EncodedExample],
+    parents: list[str],
+) -> Material:
+    """What the method of `config` may ask for; `parents` gets the content digest of every prefix file that it reads.
+
+    Raises:
+        ConfigError: the task wants a BOS in the prefix, which the start of the method cannot give.
+    """
+
+    def parent(path: str) -> Injection:
+        found = load(path)
+        matches(found, backbone.identity)
+        parents.append(found.manifest.content or "")
+        return injection(found)
+
+    return Material(
+        backbone=backbone,
+        words=_own_words(encoded, config.method.length),
+        tokenize=tokenizer.encode_text,
+        parent=parent,
+        labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
+        special_ids=sorted(tokenizer.special_ids.values()),
+        bos_id=_promised_bos(config, task, tokenizer),
+        seed=config.seed,
+    )
+
+
+def _own_words(encoded: Sequence[EncodedExample], length: int) -> list[int]:
+    """The first `length` tokens of the training data: the task itself, in the words it will be asked in."""
+    words: list[int] = []
+    for example in encoded:
+        words += [*example.prompt, *example.target]
+        if len(words) >= length:
+            break
+    return words
+
+
+def _promised_bos(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer) -> int | None:
+    """The token that the first slot has to hold for `task`. Raises ConfigError where it cannot."""
+    if task.bos != "before":
+        return None
+    if config.method.init.partition(":")[0] not in _FROM_TEXT or tokenizer.bos_id is None:
+        found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
+        raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)
+    return tokenizer.bos_id
