@@ -110,7 +110,7 @@ def run(
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * schedule(state.step, prepared)
         batch = prepared.batches.batch(state.step)
-        state.last_loss = step(prepared, optimizer, batch, prepared.batches.batch(state.step + 1))
+        state.last_loss = step(prepared, optimizer, batch, state.step)
         state.step += 1
         _refuse_divergence(state)
         listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
@@ -132,14 +132,15 @@ def schedule(step: int, prepared: Prepared) -> float:
     return (prepared.total_steps - step) / max(1, prepared.total_steps - warmup)
 
 
-def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch, following: Batch) -> float:
-    """One optimizer step; returns the loss in nats a target token. A search judges its moves by `following`."""
+def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> float:
+    """One optimizer step, the one of `number`; returns the loss in nats a target token."""
     settings = prepared.config.optimizer
     total = prepared.objective(prepared.backbone, batch, prepared.method())
     how, tokens, examples = settings.loss, batch.target_tokens, len(batch.input_ids)
     reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
     if isinstance(optimizer, HotFlip):
+        following = prepared.batches.batch(number + 1)
         optimizer.step(lambda: _loss(prepared, following))
     else:
         optimizer.step()
