@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uses_registry
+from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uninstall, uses_registry
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
+from prefixkit.backbones.encoder import measure_encoder
 from prefixkit.backbones.folding import fold
-from prefixkit.backbones.geometry import measure, refuse_swallowed
+from prefixkit.backbones.geometry import is_encoder, measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
-from prefixkit.backbones.positions import has_alibi, query_index, refuse_unplaceable, takes_positions
+from prefixkit.backbones.positions import (
+    first_position,
+    has_alibi,
+    query_index,
+    refuse_unplaceable,
+    takes_positions,
+)
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import Injection, KeyValuePrefix, injection
 from prefixkit.prefix import Prefix, matches
@@ -64,6 +71,7 @@ class Attachment:
         _refuse_unready(model)
         self.model, self.method = model, method
         self.previous = install(model) if uses_registry(model) else None
+        self.places = takes_positions(model)
         self.frozen: list[nn.Parameter] = []
         # The decoder itself, not `base_model`: some models (OPT) call it directly.
         decoder = model.get_decoder()
@@ -84,7 +92,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         if self.previous is not None:
-            self.model.set_attn_implementation(self.previous)
+            uninstall(self.model, self.previous)
         for parameter in self.frozen:
             parameter.requires_grad = True
 
@@ -92,18 +100,25 @@ class Attachment:
         names = inspect.signature(module.forward).parameters
         keywords = {**dict(zip(names, arguments, strict=False)), **keywords}
         prefix = fold(self.model, self.method()) if self.method is not None else None
-        tokens = keywords.get("input_ids")
-        tokens = keywords["inputs_embeds"] if tokens is None else tokens
+        tokens: Any = keywords.get("input_ids")
+        tokens = keywords.get("inputs_embeds") if tokens is None else tokens
         if self.previous is None:
             if prefix is not None and prefix.length:
                 through_cache(self.model, prefix, tokens, keywords)
             return (), keywords
         _refuse_reentrant(self.model)
-        index = query_index(tokens, keywords).clamp(min=0)
-        keywords["position_ids"] = index + (prefix.positions.text_start if prefix is not None else 0)
+        index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
         keywords[KEYWORD] = Injected(keys=keys, values=values, query_index=index)
         return (), keywords
+
+    def _place(self, tokens: Any, prefix: KeyValuePrefix | None, keywords: dict[str, Any]) -> Tensor:
+        """Give the text in `keywords` its positions, and say how many real tokens precede each of them."""
+        given = keywords.get("position_ids") is not None
+        index = query_index(tokens, keywords).clamp(min=0)
+        start = prefix.positions.text_start if prefix is not None else 0
+        keywords["position_ids"] = index + start + (0 if given else first_position(self.model))
+        return index
 
 
 def attach(
@@ -124,7 +139,8 @@ def attach(
     refuse static caches and gradient checkpointing; every architecture refuses reentrant checkpointing.
 
     Args:
-        model: a decoder of `transformers`, with any head on it, computing attention with sdpa or eager.
+        model: a decoder of `transformers`, or an encoder of text or images, with any head on it, computing attention
+            with sdpa or eager.
         prefix: a loaded file, a `KeyValuePrefix`, an `EmbeddingPrompt` (folded once, here), or a method such as
             `methods.prefix_tuning.PrefixTuning`.
         freeze: stop gradients into the backbone's parameters, heads included (`detach` lets flow what flowed before).
@@ -176,7 +192,7 @@ def _refuse_unready(model: PreTrainedModel) -> None:
         raise BackboneError(where, found="a model that a loaded backbone is using", next_step=step)
     if uses_registry(model):
         implementation(model)
-    if not takes_positions(model) and not has_alibi(model.config):
+    if not takes_positions(model) and not has_alibi(model.config) and not is_encoder(model.config):
         raise BackboneError(
             where,
             expected="a model that places tokens by position ids or by counting its attention mask",
@@ -221,7 +237,10 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
             place text where the prefix wants it.
     """
     where = model.config.model_type
-    geometry = measure(model, where)
+    stack = "encoder" if is_encoder(model.config) else "decoder"
+    if prefix.stack != stack:
+        raise MismatchError(where, expected=f"a prefix of an {stack}", found=f"one of an {prefix.stack}")
+    geometry = measure_encoder(model) if stack == "encoder" else measure(model, where)
     expected = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in geometry]
     found = [
         (key.shape[0], key.shape[2], value.shape[2]) for key, value in zip(prefix.keys, prefix.values, strict=True)
@@ -236,7 +255,7 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
     refuse_swallowed(geometry, prefix.length, where)
     refuse_unplaceable(model, prefix.positions, prefix.length)
     room, start = context_length(model.config), prefix.positions.text_start
-    if room is not None and start >= room:
+    if room is not None and start >= room - first_position(model):
         raise BackboneError(
             where,
             expected=f"a prefix that leaves room in the model's {room} positions",

@@ -14,8 +14,9 @@ the prefix, whatever padding the cache holds in between.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prefixkit.backbones.geometry import evaluating, one_token
+from prefixkit.backbones.geometry import evaluating, one_input
 from prefixkit.errors import BackboneError
 
 KEYWORD = "prefixkit_injected"
 """The keyword argument of a decoder's forward pass that holds an `Injected`."""
 _NAME = "prefixkit_{}"
+_LAYER = "prefixkit_layer"
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,30 @@ class Injected:
 
     Attributes:
         keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
-        query_index: [batch, seq], how many real tokens of its row precede each query.
-        reached: where the layers that were handed this leave their index.
+        query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
+        seen: where the layers that are handed this leave what they see, in the order of their work.
     """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     query_index: Tensor | None = None
-    reached: set[int] | None = None
+    seen: list[Seen] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One attention layer in one forward pass.
+
+    Attributes:
+        module: the layer.
+        key, value: [batch, kv_heads, seq, head_dim].
+        window: its sliding window in tokens, None for full attention.
+    """
+
+    module: nn.Module
+    key: Tensor
+    value: Tensor
+    window: int | None
 
 
 def implementation(model: PreTrainedModel) -> str:
@@ -74,12 +92,37 @@ def install(model: PreTrainedModel) -> str:
     """
     previous, layers = implementation(model), model.config.num_hidden_layers
     model.set_attn_implementation(_NAME.format(previous))
-    reached = _reached_layers(model)
-    if reached != set(range(layers)):
+    seen = _look(model, one_input(model))
+    if len(seen) != layers or len({id(layer.module) for layer in seen}) != layers:
         model.set_attn_implementation(previous)
         expected = f"a prefix to reach the attention of all {layers} layers"
-        raise BackboneError(model.config.model_type, expected=expected, found=f"{len(reached)}")
+        found = f"{len({id(layer.module) for layer in seen})}"
+        raise BackboneError(model.config.model_type, expected=expected, found=found)
+    # Not every model numbers its layers. A plain attribute goes along with copies, replicas and pickles.
+    for index, layer in enumerate(seen):
+        setattr(layer.module, _LAYER, index)
     return previous
+
+
+def uninstall(model: PreTrainedModel, previous: str) -> None:
+    """Leave `model` as `install` found it."""
+    model.set_attn_implementation(previous)
+    for module in model.modules():
+        module.__dict__.pop(_LAYER, None)
+
+
+def look(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
+    """What each attention layer of a model without a prefix sees of `inputs`, in the order of their work.
+
+    Raises:
+        BackboneError: an implementation that cannot be given a prefix.
+    """
+    previous = implementation(model)
+    model.set_attn_implementation(_NAME.format(previous))
+    try:
+        return _look(model, inputs)
+    finally:
+        model.set_attn_implementation(previous)
 
 
 def uses_registry(model: PreTrainedModel) -> bool:
@@ -88,11 +131,13 @@ def uses_registry(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _reached_layers(model: PreTrainedModel) -> set[int]:
-    reached: set[int] = set()
+def _look(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
+    seen: list[Seen] = []
+    # Encoders know no cache, and decoders need none for this.
+    cache = {"use_cache": False} if "use_cache" in signature(model.get_decoder().forward).parameters else {}
     with evaluating(model):
-        model.get_decoder()(input_ids=one_token(model), use_cache=False, **{KEYWORD: Injected(reached=reached)})
-    return reached
+        model.get_decoder()(**inputs, **cache, **{KEYWORD: Injected(seen=seen)})
+    return seen
 
 
 def _own_eager(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -105,13 +150,15 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> Any:
         injected: Injected = keywords.pop(KEYWORD, Injected())
-        layer = module.layer_idx
-        assert isinstance(layer, int)
-        if injected.reached is not None:
-            injected.reached.add(layer)
-        if not injected.keys or injected.keys[layer].shape[-2] == 0:
+        window = keywords.get("sliding_window")
+        if injected.seen is not None:
+            injected.seen.append(Seen(module, key, value, window))
+        if not injected.keys or injected.keys[0].shape[-2] == 0:
             return attention(module, query, key, value, attention_mask, **keywords)
-        mask = _with_prefix_columns(attention_mask, query, key, injected, layer, keywords.get("sliding_window"))
+        layer: int = getattr(module, _LAYER)
+        mask = attention_mask
+        if mask is not None or getattr(module, "is_causal", True):
+            mask = _with_prefix_columns(mask, query, key, injected, layer, window)
         key = torch.cat([_rows(injected.keys[layer], key), key], dim=2)
         value = torch.cat([_rows(injected.values[layer], value), value], dim=2)
         return attention(module, query, key, value, mask, **keywords)

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit import __version__
+from prefixkit.backbones.geometry import is_encoder
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Provenance
@@ -27,7 +28,8 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
 
     Raises:
         MismatchError: vectors of another width than the model's.
-        BackboneError: text that starts elsewhere than right behind the prompt, which has no keys and values then.
+        BackboneError: an encoder, or text that starts elsewhere than right behind the prompt: it has no keys and values
+            of its own then.
     """
     if isinstance(received, KeyValuePrefix):
         return received
@@ -64,6 +66,12 @@ def folded(prefix: Prefix, model: PreTrainedModel) -> Prefix:
 
 
 def _refuse_unfoldable(model: PreTrainedModel, prompt: EmbeddingPrompt) -> None:
+    if is_encoder(model.config):
+        raise BackboneError(
+            model.config.model_type,
+            expected="keys and values for an encoder",
+            found="a soft prompt, which sees the text there and has no keys and values of its own",
+        )
     where, width = model.config.model_type, model.get_input_embeddings().embedding_dim
     if prompt.embeddings.shape[1] != width:
         found = f"{prompt.embeddings.shape[1]}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     DynamicCache,
     PreTrainedConfig,
@@ -50,9 +51,7 @@ def _obstacle(config: PreTrainedConfig) -> tuple[str, str] | None:
         return f"{other} layers (a hybrid or state-space model)", _SOFT_PROMPT
     if not getattr(config, "num_attention_heads", None):
         return "no attention heads (a recurrent model)", _SOFT_PROMPT
-    # Some encoders can be made decoders and are listed as both; some decoders say `is_decoder=False`.
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "no causal language model", _ANOTHER
     return None
 
@@ -96,6 +95,22 @@ def measure(model: PreTrainedModel, where: str) -> tuple[LayerGeometry, ...]:
         )
         raise BackboneError(where, expected="keys and values in every layer", found=found, next_step=_ANOTHER)
     return tuple(_layer(layer, window, where) for layer, window in zip(layers, windows(config), strict=True))
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model with this configuration reads its input as a whole, in both directions, and writes none."""
+    # Some encoders can be made decoders and are listed as both; some decoders say `is_decoder=False`.
+    reads = type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return reads and not getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
+
+
+def one_input(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The smallest input of `model`: one token, or one image."""
+    if model.main_input_name != "pixel_values":
+        return {"input_ids": one_token(model)}
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=model.device)}
 
 
 def one_token(model: PreTrainedModel) -> Tensor:

@@ -37,13 +37,30 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.get_decoder().forward).parameters and not has_alibi(model.config)
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The position id of a first token; RoBERTa and its kin leave the ids up to their padding token's to padding."""
+    embeddings = getattr(model.get_decoder(), "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(model.config.pad_token_id) + 1 if counts_from_padding else 0
+
+
 def refuse_unplaceable(model: PreTrainedModel, positions: Positions, length: int) -> None:
     """Refuse text positions that `model` cannot give to the text behind a prefix of `length` slots.
 
     Raises:
         BackboneError: the model counts tokens itself, so that its text starts at `length` and nowhere else.
     """
-    if not takes_positions(model) and positions.text_start != length:
+    if takes_positions(model):
+        return
+    if not has_alibi(model.config):
+        if positions.text_start:
+            raise BackboneError(
+                model.config.model_type,
+                expected="an input that starts at position 0 (it takes no position ids)",
+                found=f"one that starts at {positions.text_start}",
+                next_step="use positions none",
+            )
+    elif positions.text_start != length:
         raise BackboneError(
             model.config.model_type,
             expected=f"text that starts at {length}, behind the prefix (it takes no position ids)",

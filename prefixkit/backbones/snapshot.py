@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from prefixkit import __version__
 from prefixkit.backbones.folding import fold
-from prefixkit.backbones.geometry import windows
+from prefixkit.backbones.geometry import is_encoder, windows
 from prefixkit.backbones.identity import identify, origin
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Manifest, Provenance, TaskRecord
@@ -33,6 +33,10 @@ def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: Tas
     attached = getattr(model, "prefixkit", None)
     if attached is None:
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
+    if is_encoder(model.config):
+        step = "keep model.state_dict() for now"
+        found = "an encoder's, whose trained head a prefix file of this version does not hold"
+        raise BackboneError(model.config.model_type, expected="a decoder's prefix", found=found, next_step=step)
     injection = attached()
     manifest = Manifest(
         backbone=_identity(model, fold(model, injection)),

@@ -1,0 +1,76 @@
+"""Tiny random encoders of text and of images, with weights large enough that attention matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DeiTConfig,
+    Dinov2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    ViTConfig,
+)
+
+from tests.architectures import VOCAB
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_TEXT: dict[str, Any] = {**_SHAPE, "vocab_size": VOCAB, "max_position_embeddings": 64}
+_IMAGE: dict[str, Any] = {**_SHAPE, "image_size": 16, "patch_size": 8}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: BertConfig(**_TEXT),
+    "roberta": lambda: RobertaConfig(**_TEXT, pad_token_id=1),
+    "electra": lambda: ElectraConfig(**_TEXT, embedding_size=32),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=96,
+        dropout=0.0,
+        attention_dropout=0.0,
+    ),
+    "vit": lambda: ViTConfig(**_IMAGE),
+    "deit": lambda: DeiTConfig(**_IMAGE),
+    "dinov2": lambda: Dinov2Config(**_IMAGE),
+}
+TEXT = ("bert", "roberta", "electra", "distilbert")
+
+
+def tiny_encoder(family: str, head: Any = AutoModel, **changes: Any) -> PreTrainedModel:
+    """A two-layer random model of `family`, in eval mode, float32."""
+    torch.manual_seed(0)
+    config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = head.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.mul_(8.0)
+    return model
+
+
+def one_batch(family: str) -> dict[str, Tensor]:
+    """Two inputs without padding: 9 tokens, or an image."""
+    generator = torch.Generator().manual_seed(3)
+    if family in TEXT:
+        return {"input_ids": torch.randint(5, VOCAB, (2, 9), generator=generator)}
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
