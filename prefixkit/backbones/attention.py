@@ -35,18 +35,20 @@ _NAME = "prefixkit_{}"
 
 @dataclass(frozen=True)
 class Injected:
-    """What the attention layers receive in one forward pass.
+    """What the attention layers of one stack receive in one forward pass.
 
     Attributes:
         keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
         query_index: [batch, seq], how many real tokens of its row precede each query.
-        reached: where the layers that were handed this leave their index.
+        heard: where the layers that were handed this leave the text's keys and values, by their index.
+        cross: the same for the stack's cross-attention; None in a stack that has none.
     """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     query_index: Tensor | None = None
-    reached: set[int] | None = None
+    heard: dict[int, tuple[Tensor, Tensor]] | None = None
+    cross: Injected | None = None
 
 
 def implementation(model: PreTrainedModel) -> str:
@@ -66,14 +68,24 @@ def implementation(model: PreTrainedModel) -> str:
     return name
 
 
+def route(model: PreTrainedModel) -> str:
+    """Send the attention of `model` through ours and return the name of the implementation that it had.
+
+    Raises:
+        BackboneError: an implementation that cannot be given a prefix.
+    """
+    previous = implementation(model)
+    model.set_attn_implementation(_NAME.format(previous))
+    return previous
+
+
 def install(model: PreTrainedModel) -> str:
-    """Route the attention of `model` through ours and return the name of the implementation that it had.
+    """`route` for a decoder, checked.
 
     Raises:
         BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected.
     """
-    previous, layers = implementation(model), model.config.num_hidden_layers
-    model.set_attn_implementation(_NAME.format(previous))
+    previous, layers = route(model), model.config.num_hidden_layers
     reached = _reached_layers(model)
     if reached != set(range(layers)):
         model.set_attn_implementation(previous)
@@ -89,10 +101,10 @@ def uses_registry(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _reached_layers(model: PreTrainedModel) -> set[int]:
-    reached: set[int] = set()
+    heard: dict[int, tuple[Tensor, Tensor]] = {}
     with evaluating(model):
-        model.get_decoder()(input_ids=one_token(model), use_cache=False, **{KEYWORD: Injected(reached=reached)})
-    return reached
+        model.get_decoder()(input_ids=one_token(model), use_cache=False, **{KEYWORD: Injected(heard=heard)})
+    return set(heard)
 
 
 def _own_eager(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -105,16 +117,27 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> Any:
         injected: Injected = keywords.pop(KEYWORD, Injected())
-        layer = module.layer_idx
+        # In a decoder only self-attention looks back; what is not causal looks at the encoder's output.
+        causal = bool(getattr(module, "is_causal", True))
+        if injected.cross is not None and not causal:
+            injected = injected.cross
+        layer, window = module.layer_idx, keywords.get("sliding_window")
         assert isinstance(layer, int)
-        if injected.reached is not None:
-            injected.reached.add(layer)
-        if not injected.keys or injected.keys[layer].shape[-2] == 0:
+        if injected.heard is not None:
+            injected.heard[layer] = (key, value)
+        length = injected.keys[layer].shape[-2] if injected.keys else 0
+        if length == 0:
             return attention(module, query, key, value, attention_mask, **keywords)
-        mask = _with_prefix_columns(attention_mask, query, key, injected, layer, keywords.get("sliding_window"))
+        if attention_mask is None and causal and (query.shape[2] > 1 or window is not None):
+            attention_mask = _causal(query, key)
+        if attention_mask is not None:
+            attention_mask = _with_prefix_columns(attention_mask, injected.query_index, length, window)
+        if keywords.get("position_bias") is not None:
+            # T5 biases by distance, and a slot is at none.
+            keywords["position_bias"] = F.pad(keywords["position_bias"], (length, 0))
         key = torch.cat([_rows(injected.keys[layer], key), key], dim=2)
         value = torch.cat([_rows(injected.values[layer], value), value], dim=2)
-        return attention(module, query, key, value, mask, **keywords)
+        return attention(module, query, key, value, attention_mask, **keywords)
 
     return forward
 
@@ -131,17 +154,10 @@ def _rows(prefix: Tensor, like: Tensor) -> Tensor:
     return prefix.to(like.device, like.dtype).expand(like.shape[0], -1, -1, -1)
 
 
-def _with_prefix_columns(
-    mask: Tensor | None, query: Tensor, key: Tensor, injected: Injected, layer: int, window: int | None
-) -> Tensor | None:
-    length = injected.keys[layer].shape[-2]
-    if mask is None:
-        if query.shape[2] == 1 and window is None:
-            return None
-        mask = _causal(query, key)
+def _with_prefix_columns(mask: Tensor, query_index: Tensor | None, length: int, window: int | None) -> Tensor:
     if window is None:
         return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    visible = _in_window(injected.query_index, length, window)
+    visible = _in_window(query_index, length, window)
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], visible.shape[0])

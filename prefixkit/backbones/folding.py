@@ -18,7 +18,7 @@ from prefixkit import __version__
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Provenance
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, injection
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, injection
 from prefixkit.prefix import Prefix
 
 
@@ -27,10 +27,14 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
 
     Raises:
         MismatchError: vectors of another width than the model's.
-        BackboneError: text that starts elsewhere than right behind the prompt, which has no keys and values then.
+        BackboneError: prefixes for an encoder-decoder; text that starts elsewhere than right behind the prompt, which
+            has no keys and values then.
     """
     if isinstance(received, KeyValuePrefix):
         return received
+    if isinstance(received, KeyValuePrefixes):
+        where, found = model.config.model_type, "prefixes for an encoder-decoder"
+        raise BackboneError(where, expected="a prefix for a decoder", found=found)
     _refuse_unfoldable(model, received)
     cache = DynamicCache()
     vectors = received.embeddings.to(model.device, model.dtype)[None]

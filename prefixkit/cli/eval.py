@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from prefixkit.backbones.decoder import Decoder
+    from prefixkit.backbones.backbone import Backbone
     from prefixkit.format.manifest import TaskRecord
     from prefixkit.prefix import Prefix
     from prefixkit.task import ModelTokenizer
@@ -64,7 +64,7 @@ def evaluate(
 
 def _fitting(
     prefix: Prefix, task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
-) -> tuple[Decoder, ModelTokenizer]:
+) -> tuple[Backbone, ModelTokenizer]:
     """The backbone that the prefix was made for, and its tokenizer, which can do what the task promises."""
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches

@@ -16,7 +16,8 @@ class MethodEntry:
 
     name: str
     injection: str
-    backbones: str
+    backbones: tuple[str, ...]
+    """The kinds: `decoder`, `encoder-decoder`."""
     trains: str
     init: tuple[str, ...]
     """The starts that `--init` takes, the default first."""
@@ -29,7 +30,7 @@ METHODS = {
         MethodEntry(
             name="prefix-tuning",
             injection="key_value_prefix",
-            backbones="decoder",
+            backbones=("decoder", "encoder-decoder"),
             trains="keys and values in every layer, directly or through an MLP",
             init=("text", "text:WORDS", "random", "zeros", "prefix:FILE"),
             paper="Li & Liang 2021, arXiv 2101.00190",
@@ -37,7 +38,7 @@ METHODS = {
         MethodEntry(
             name="prompt-tuning",
             injection="embedding_prompt",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="input vectors before the text",
             init=("text", "text:WORDS", "vocabulary", "uniform", "uniform:code", "labels", "npy:FILE", "prefix:FILE"),
             paper="Lester et al. 2021, arXiv 2104.08691",
@@ -45,7 +46,7 @@ METHODS = {
         MethodEntry(
             name="p-tuning",
             injection="embedding_prompt",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="input vectors before the text, through an LSTM or an MLP",
             init=("random", "text", "text:WORDS"),
             paper="Liu et al. 2021, arXiv 2103.10385",

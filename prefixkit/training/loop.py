@@ -8,19 +8,19 @@ from collections.abc import Callable
 import torch
 
 from prefixkit import __version__
-from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_order
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
-from prefixkit.injections import Injection
+from prefixkit.injections import Injection, records_of
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
 from prefixkit.training.adafactor import Adafactor
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, recorded
 from prefixkit.training.interruption import AtOnce, between_steps
-from prefixkit.training.objectives import cross_entropy_sum, next_token_positions, reduced
+from prefixkit.training.objectives import cross_entropy_sum, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 
@@ -140,23 +140,19 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     return total.item() / tokens
 
 
-def loss_sum(backbone: Decoder, batch: Batch, prefix: Injection | None) -> torch.Tensor:
+def loss_sum(backbone: Backbone, batch: Batch, prefix: Injection | None) -> torch.Tensor:
     """Summed cross-entropy in nats of the batch's target tokens; only their logits are computed."""
     labels = batch.labels.to(backbone.device)
-    logits = backbone.logits_where(
-        next_token_positions(labels),
-        batch.input_ids.to(backbone.device),
-        batch.attention_mask.to(backbone.device),
-        prefix,
-    )
+    input_ids, attention_mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
+    logits = backbone.target_logits(input_ids, attention_mask, labels, prefix)
     return cross_entropy_sum(logits, labels)
 
 
 @torch.no_grad()
-def mean_loss(backbone: Decoder, examples: list[EncodedExample], prefix: Injection | None, batch_size: int) -> float:
+def mean_loss(backbone: Backbone, examples: list[EncodedExample], prefix: Injection | None, batch_size: int) -> float:
     """Nats a target token over `examples`."""
     total, tokens = 0.0, 0
-    for batch in in_order(examples, batch_size=batch_size):
+    for batch in in_order(examples, batch_size=batch_size, paired=backbone.paired):
         total += loss_sum(backbone, batch, prefix).item()
         tokens += batch.target_tokens
     return total / tokens
@@ -201,7 +197,7 @@ def result(prepared: Prepared, state: State) -> Prefix:
     )
     manifest = Manifest(
         backbone=prepared.backbone.identity,
-        injections=(folded.record(),),
+        injections=records_of(folded),
         provenance=provenance,
         task=prepared.task,
     )
