@@ -29,6 +29,7 @@ class KeyValuePrefix:
         values: the same for values.
         positions: where the text that follows starts counting.
         frozen_slots: how many leading slots training leaves alone.
+        stack, attention: where they go: `decoder` and `self`, or one of the three places of an encoder-decoder.
     """
 
     keys: tuple[Tensor, ...]
@@ -36,18 +37,24 @@ class KeyValuePrefix:
     positions: Positions
     frozen_slots: int = 0
     stack: str = field(default="decoder")
+    attention: str = field(default="self")
 
     @property
     def length(self) -> int:
         """The number of prefix slots."""
         return self.keys[0].shape[-2]
 
+    @property
+    def place(self) -> str:
+        """`decoder.self`, `encoder.self` or `decoder.cross`."""
+        return f"{self.stack}.{self.attention}"
+
     def record(self) -> InjectionRecord:
         """How a manifest describes this injection."""
         return InjectionRecord(
             kind="key_value_prefix",
             stack=self.stack,
-            attention="self",
+            attention=self.attention,
             length=self.length,
             positions=self.positions,
             frozen_slots=self.frozen_slots,
@@ -57,8 +64,8 @@ class KeyValuePrefix:
         """The tensors under the names that a prefix file gives them."""
         stored = {}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            stored[f"{self.stack}.self.layers.{layer}.key"] = _array(key)
-            stored[f"{self.stack}.self.layers.{layer}.value"] = _array(value)
+            stored[names.key(self.stack, self.attention, layer)] = _array(key)
+            stored[names.value(self.stack, self.attention, layer)] = _array(value)
         return stored
 
 
@@ -100,17 +107,51 @@ class EmbeddingPrompt:
         return {names.PROMPT: _array(self.embeddings)}
 
 
-Injection = KeyValuePrefix | EmbeddingPrompt
+@dataclass(frozen=True, kw_only=True)
+class KeyValuePrefixes:
+    """Prefixes for an encoder-decoder: one a place, of its encoder, its decoder, and between the two.
+
+    Attributes:
+        parts: at most one a place, at least one in all; they share nothing.
+    """
+
+    parts: tuple[KeyValuePrefix, ...]
+
+    @property
+    def length(self) -> int:
+        """The number of slots of the longest part."""
+        return max(part.length for part in self.parts)
+
+    @property
+    def positions(self) -> Positions:
+        """Where the text starts; every part says the same."""
+        return self.parts[0].positions
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensors of all parts under the names that a prefix file gives them."""
+        return {name: array for part in self.parts for name, array in part.arrays().items()}
+
+
+Injection = KeyValuePrefix | KeyValuePrefixes | EmbeddingPrompt
 """The union of injections that a method may return. It is closed: a new kind means a new version of the schema."""
+
+
+def records_of(received: Injection) -> tuple[InjectionRecord, ...]:
+    """How a manifest describes `received`: one record, or one for each part."""
+    if isinstance(received, KeyValuePrefixes):
+        return tuple(part.record() for part in received.parts)
+    return (received.record(),)
 
 
 def injection(prefix: Prefix) -> Injection:
     """What a loaded file injects.
 
     Raises:
-        InputError: more than one injection, or one that this version cannot place.
+        InputError: injections that this version cannot place.
     """
-    records = prefix.manifest.injections
+    records, stacks = prefix.manifest.injections, prefix.manifest.backbone.stacks
+    if stacks.keys() == {"encoder", "decoder"} and all(record.kind == "key_value_prefix" for record in records):
+        return KeyValuePrefixes(parts=tuple(_stored_prefix(prefix, record) for record in records))
     if len(records) == 1 and records[0].kind == "key_value_prefix":
         return key_value_prefix(prefix)
     if len(records) == 1 and (records[0].kind, records[0].placement) == ("embedding_prompt", "prepend"):
@@ -132,16 +173,30 @@ def embedding_prompt(prefix: Prefix) -> EmbeddingPrompt:
 
 
 def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:
-    """The key-value injection of a loaded file, in the dtype that it is stored in."""
-    pairs = [(_tensor(key), _tensor(value)) for key, value in key_values(prefix)]
-    record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
+    """The keys and values that a loaded file has for a decoder, in the dtype that they are stored in.
+
+    Raises:
+        InputError: it has none.
+    """
+    key_values(prefix)
+    place = ("key_value_prefix", "decoder", "self")
+    found = (record for record in prefix.manifest.injections if (record.kind, record.stack, record.attention) == place)
+    return _stored_prefix(prefix, next(found))
+
+
+def _stored_prefix(prefix: Prefix, record: InjectionRecord) -> KeyValuePrefix:
     assert record.positions is not None
+    assert record.stack is not None
+    assert record.attention is not None
+    stored = key_values(prefix, stack=record.stack, attention=record.attention)
+    pairs = [(_tensor(key), _tensor(value)) for key, value in stored]
     return KeyValuePrefix(
         keys=tuple(key for key, _ in pairs),
         values=tuple(value for _, value in pairs),
         positions=record.positions,
         frozen_slots=record.frozen_slots or 0,
-        stack=record.stack or "decoder",
+        stack=record.stack,
+        attention=record.attention,
     )
 
 

@@ -185,6 +185,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 def _refuse_unready(model: PreTrainedModel) -> None:
     where = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        step = "`prefixkit train` and `prefixkit eval` give it its prefixes"
+        raise BackboneError(where, expected="a decoder to attach to", found="an encoder-decoder", next_step=step)
     if hasattr(model, _NAME):
         raise BackboneError(where, found="a prefix that is attached already", next_step="call detach(model) first")
     if _ATTACHMENT in model.__dict__:

@@ -14,7 +14,7 @@ the prefix, whatever padding the cache holds in between.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -37,18 +37,20 @@ _LAYER = "prefixkit_layer"
 
 @dataclass(frozen=True)
 class Injected:
-    """What the attention layers receive in one forward pass.
+    """What the attention layers of one stack receive in one forward pass.
 
     Attributes:
         keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
         query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
         seen: where the layers that are handed this leave what they see, in the order of their work.
+        cross: the same for the stack's cross-attention; None in a stack that has none.
     """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     query_index: Tensor | None = None
     seen: list[Seen] | None = None
+    cross: Injected | None = None
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,39 @@ def implementation(model: PreTrainedModel) -> str:
     return name
 
 
+def route(model: PreTrainedModel) -> str:
+    """Send the attention of `model` through ours and return the name of the implementation that it had.
+
+    Raises:
+        BackboneError: an implementation that cannot be given a prefix.
+    """
+    previous = implementation(model)
+    model.set_attn_implementation(_NAME.format(previous))
+    return previous
+
+
 def install(model: PreTrainedModel) -> str:
-    """Route the attention of `model` through ours and return the name of the implementation that it had.
+    """`route` for a decoder, checked.
 
     Raises:
         BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected.
     """
-    previous, layers = implementation(model), model.config.num_hidden_layers
-    model.set_attn_implementation(_NAME.format(previous))
+    previous, layers = route(model), model.config.num_hidden_layers
     seen = _look(model, one_input(model))
     if len(seen) != layers or len({id(layer.module) for layer in seen}) != layers:
         model.set_attn_implementation(previous)
         expected = f"a prefix to reach the attention of all {layers} layers"
         found = f"{len({id(layer.module) for layer in seen})}"
         raise BackboneError(model.config.model_type, expected=expected, found=found)
-    # Not every model numbers its layers. A plain attribute goes along with copies, replicas and pickles.
+    number(seen)
+    return previous
+
+
+def number(seen: Sequence[Seen]) -> None:
+    """Let each layer know its place among its own kind; not every model numbers its layers."""
+    # A plain attribute goes along with copies, replicas and pickles.
     for index, layer in enumerate(seen):
         setattr(layer.module, _LAYER, index)
-    return previous
 
 
 def uninstall(model: PreTrainedModel, previous: str) -> None:
@@ -150,18 +167,27 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> Any:
         injected: Injected = keywords.pop(KEYWORD, Injected())
+        # In a decoder only self-attention looks back; what is not causal looks at the encoder's output.
+        causal = bool(getattr(module, "is_causal", True))
+        if injected.cross is not None and not causal:
+            injected = injected.cross
         window = keywords.get("sliding_window")
         if injected.seen is not None:
             injected.seen.append(Seen(module, key, value, window))
-        if not injected.keys or injected.keys[0].shape[-2] == 0:
+        length = injected.keys[0].shape[-2] if injected.keys else 0
+        if length == 0:
             return attention(module, query, key, value, attention_mask, **keywords)
         layer: int = getattr(module, _LAYER)
-        mask = attention_mask
-        if mask is not None or getattr(module, "is_causal", True):
-            mask = _with_prefix_columns(mask, query, key, injected, layer, window)
+        if attention_mask is None and causal and (query.shape[2] > 1 or window is not None):
+            attention_mask = _causal(query, key)
+        if attention_mask is not None:
+            attention_mask = _with_prefix_columns(attention_mask, injected.query_index, length, window)
+        if keywords.get("position_bias") is not None:
+            # T5 biases by distance, and a slot is at none.
+            keywords["position_bias"] = F.pad(keywords["position_bias"], (length, 0))
         key = torch.cat([_rows(injected.keys[layer], key), key], dim=2)
         value = torch.cat([_rows(injected.values[layer], value), value], dim=2)
-        return attention(module, query, key, value, mask, **keywords)
+        return attention(module, query, key, value, attention_mask, **keywords)
 
     return forward
 
@@ -178,17 +204,10 @@ def _rows(prefix: Tensor, like: Tensor) -> Tensor:
     return prefix.to(like.device, like.dtype).expand(like.shape[0], -1, -1, -1)
 
 
-def _with_prefix_columns(
-    mask: Tensor | None, query: Tensor, key: Tensor, injected: Injected, layer: int, window: int | None
-) -> Tensor | None:
-    length = injected.keys[layer].shape[-2]
-    if mask is None:
-        if query.shape[2] == 1 and window is None:
-            return None
-        mask = _causal(query, key)
+def _with_prefix_columns(mask: Tensor, query_index: Tensor | None, length: int, window: int | None) -> Tensor:
     if window is None:
         return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    visible = _in_window(injected.query_index, length, window)
+    visible = _in_window(query_index, length, window)
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], visible.shape[0])

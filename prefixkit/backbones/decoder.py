@@ -7,50 +7,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefixkit.backbones.attach import Attachment, FixedPrefix
+from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.errors import BackboneError
-from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Positions
+from prefixkit.format.manifest import LayerGeometry, Positions
 from prefixkit.injections import Injection, KeyValuePrefix
 
 
 @dataclass
-class Decoder:
+class Decoder(Backbone):
     """A decoder with frozen weights.
 
     Attributes:
-        model: the `transformers` model, in eval mode, without gradients.
-        folder: where it was loaded from.
-        identity: what a prefix file says of it.
         geometry: the shape of each layer's keys and values.
     """
 
-    model: PreTrainedModel
-    folder: Path
-    identity: BackboneIdentity
+    kind: ClassVar[str] = "decoder"
+    paired: ClassVar[bool] = False
     geometry: tuple[LayerGeometry, ...]
 
     @cached_property
     def _attachment(self) -> Attachment:
         return Attachment(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def context_length(self) -> int | None:
-        """Positions the model knows, prefix included; None where its positions have no end."""
-        return self.identity.context_length
 
     @property
     def longest_text(self) -> int | None:
@@ -59,26 +46,27 @@ class Decoder:
         limits = windows if self.context_length is None else [*windows, self.context_length]
         return min(limits, default=None)
 
-    @property
-    def hidden_size(self) -> int:
-        """The width of token vectors."""
-        return self.identity.hidden_size
-
-    @property
-    def vocabulary(self) -> Tensor:
-        """[vocab, hidden]: the vector of every token, after the model's embedding scale."""
-        table = self.model.get_input_embeddings()
-        vectors: Tensor = table(torch.arange(table.num_embeddings, device=self.device))
-        return vectors.detach()
-
     def fold(self, received: Injection) -> KeyValuePrefix:
         """`received` as keys and values; see `prefixkit.backbones.folding`."""
         return fold(self.model, received)
+
+    def room_for_text(self, length: int) -> int | None:
+        """How many tokens of text the context has behind a prefix of `length` slots; None where it has no end.
+
+        Raises:
+            BackboneError: a sliding window would swallow the prefix.
+        """
+        refuse_swallowed(self.geometry, length, self.identity.name)
+        return None if self.context_length is None else self.context_length - length
 
     def room_behind(self, prefix: Injection | None) -> int | None:
         """How many tokens of text the context has behind `prefix`; None where it has no end."""
         start = prefix.positions.text_start if prefix is not None else 0
         return None if self.context_length is None else self.context_length - start
+
+    def refuse_unplaceable(self, received: Injection) -> None:
+        """Refuse text that the model cannot place where it should start; see `prefixkit.backbones.positions`."""
+        refuse_unplaceable(self.model, received.positions, received.length)
 
     @contextmanager
     def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:
@@ -111,13 +99,19 @@ class Decoder:
         self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Injection | None = None
     ) -> Tensor:
         """Logits [chosen, vocab] at the positions where `chosen` [batch, seq] is True; no others are computed."""
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],))
-        try:
+        with self._logits_only_at(chosen):
             return self.logits(input_ids, attention_mask, prefix)[0]
-        finally:
-            hook.remove()
+
+    def target_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+    ) -> Tensor:
+        """The logits [tokens, vocab] that predict the tokens of `labels` [batch, seq] that are not -100.
+
+        Each stands one position before its token, so that the first token of a row cannot be asked for.
+        """
+        chosen = (labels != -100).roll(-1, dims=1)
+        chosen[:, -1] = False
+        return self.logits_where(chosen, input_ids, attention_mask, prefix)
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
@@ -191,7 +185,7 @@ class Decoder:
         width = max(map(len, prompts))
         rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        with self.injected(prefix) as model:
+        with self.injected(prefix) as model, without_habits(model):
             written = model.generate(
                 input_ids=torch.tensor(rows, device=self.device),
                 attention_mask=torch.tensor(mask, device=self.device),

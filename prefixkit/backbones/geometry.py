@@ -26,8 +26,25 @@ _SOFT_PROMPT = "a soft prompt (input vectors) is what such a model can take"
 _ANOTHER = "use a decoder such as Llama or GPT-2"
 
 
+_ENCODER_DECODERS = ("bart", "t5")
+"""The families of encoder-decoders that the tests hold to an independent computation."""
+
+
+def refuse_untried(config: PreTrainedConfig, where: str) -> None:
+    """Refuse, before any weight is read, encoder-decoders of other families than were tested.
+
+    Raises:
+        BackboneError: another family, or a decoder that nobody says how to begin.
+    """
+    if config.model_type not in _ENCODER_DECODERS:
+        expected, step = f"a decoder, or an encoder-decoder of {' or '.join(_ENCODER_DECODERS)}", "use one of these"
+        raise BackboneError(where, expected=expected, found=config.model_type, next_step=step)
+    if getattr(config, "decoder_start_token_id", None) is None:
+        raise BackboneError(where, expected="decoder_start_token_id in config.json", found="none")
+
+
 def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
-    """Refuse, before any weight is read, architectures whose layers keep no plain keys and values.
+    """Refuse, before any weight is read, what is no decoder whose layers keep plain keys and values.
 
     Raises:
         BackboneError: encoder-decoders, encoders, multimodal models, latent attention (MLA), hybrids with state-space,
@@ -42,7 +59,7 @@ def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
 def _obstacle(config: PreTrainedConfig) -> tuple[str, str] | None:
     other = ", ".join(sorted(set(_layer_kinds(config)) - _ATTENTION))
     if getattr(config, "is_encoder_decoder", False):
-        return "an encoder-decoder", "use a decoder-only backbone with this version"
+        return "an encoder-decoder", "use a decoder; `prefixkit train` and `prefixkit eval` take encoder-decoders too"
     if config.get_text_config() is not config:
         return "a multimodal model", "give a folder with its language model alone"
     if getattr(config, "kv_lora_rank", None):

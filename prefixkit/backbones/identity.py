@@ -26,11 +26,13 @@ def identify(
     config: PreTrainedConfig,
     geometry: tuple[LayerGeometry, ...],
     *,
+    encoder: tuple[LayerGeometry, ...] = (),
     weights: bool = True,
 ) -> BackboneIdentity:
     """The identity of the backbone stored in `folder`; its weights are hashed as stored (cached by path, size, mtime).
 
-    Without `weights` only what config.json says is stated, for prefixes of which nobody knows more.
+    `geometry` is the decoder's, `encoder` that of an encoder in front of it. Without `weights` only what config.json
+    says is stated, for prefixes of which nobody knows more.
     """
     return BackboneIdentity(
         name=name,
@@ -43,7 +45,7 @@ def identify(
         config_hash=config_hash(folder),
         weights_hash=backbone_digest(folder) if weights else None,
         tokenizer_hash=tokenizer_hash(folder) if weights else None,
-        stacks={"decoder": geometry},
+        stacks={"decoder": geometry, "encoder": encoder} if encoder else {"decoder": geometry},
         rope=_rope(config),
     )
 

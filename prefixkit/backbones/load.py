@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from prefixkit.backbones.decoder import Decoder
-from prefixkit.backbones.geometry import measure, refuse_unsupported
+from prefixkit.backbones.encoder_decoder import EncoderDecoder
+from prefixkit.backbones.geometry import measure, refuse_unsupported, refuse_untried
 from prefixkit.backbones.identity import identify
+from prefixkit.backbones.stacks import measure_stacks
 from prefixkit.errors import BackboneError, ConfigError, FormatError
 from prefixkit.format.digest import read_config, weight_files
 from prefixkit.format.header import read_header
@@ -36,8 +40,8 @@ _HUB_REASONS = {
 
 def load_backbone(
     source: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32", revision: str | None = None
-) -> Decoder:
-    """A frozen decoder from a folder in `transformers` format or from a hub id.
+) -> Decoder | EncoderDecoder:
+    """A frozen decoder or encoder-decoder from a folder in `transformers` format or from a hub id.
 
     Args:
         source: a folder with config.json and safetensors weights, or a hub id such as `openai-community/gpt2`.
@@ -49,16 +53,57 @@ def load_backbone(
         BackboneError: no such folder or id, no weights, or an architecture that cannot take a prefix.
         ConfigError: another dtype.
     """
+    folder, config = _described(source, dtype, revision)
+    if not _is_pair(config):
+        return _decoder(source, folder, config, dtype, device, revision)
+    refuse_untried(config, str(source))
+    model = _frozen(folder, config, dtype, device)
+    stacks = measure_stacks(model, str(source))
+    name = _name(source, folder)
+    identity = identify(folder, name, revision, config, stacks["decoder"], encoder=stacks["encoder"])
+    return EncoderDecoder(model, folder, identity)
+
+
+def load_decoder(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32", revision: str | None = None
+) -> Decoder:
+    """`load_backbone` where only a decoder will do; anything else is refused before its weights are read."""
+    folder, config = _described(source, dtype, revision)
+    return _decoder(source, folder, config, dtype, device, revision)
+
+
+def _described(source: str | Path, dtype: str, revision: str | None) -> tuple[Path, PreTrainedConfig]:
     if dtype not in _DTYPES:
         raise ConfigError("dtype", expected=", ".join(_DTYPES), found=repr(dtype))
     folder = find_folder(source, revision)
-    config = _config(folder)
+    return folder, _config(folder)
+
+
+def _decoder(
+    source: str | Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: str | torch.device,
+    revision: str | None,
+) -> Decoder:
     refuse_unsupported(config, str(source))
-    model = _model(folder, config, _DTYPES[dtype]).to(device)
-    model.eval().requires_grad_(False)
+    model = _frozen(folder, config, dtype, device)
     geometry = measure(model, str(source))
-    name = folder.name if Path(source).is_dir() else str(source)
-    return Decoder(model, folder, identify(folder, name, revision, config, geometry), geometry)
+    return Decoder(model, folder, identify(folder, _name(source, folder), revision, config, geometry), geometry)
+
+
+def _frozen(folder: Path, config: PreTrainedConfig, dtype: str, device: str | torch.device) -> PreTrainedModel:
+    model = _model(folder, config, _DTYPES[dtype]).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _is_pair(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _name(source: str | Path, folder: Path) -> str:
+    return folder.name if Path(source).is_dir() else str(source)
 
 
 def sketch(folder: Path) -> tuple[PreTrainedConfig, tuple[LayerGeometry, ...]]:
@@ -119,8 +164,9 @@ def _config(folder: Path) -> PreTrainedConfig:
 def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     _check_files(folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(config)}
+    kind = AutoModelForSeq2SeqLM if _is_pair(config) else AutoModelForCausalLM
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, told = kind.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except Exception as error:  # quantised weights, damaged configurations: each model class raises its own types
@@ -153,4 +199,5 @@ def _told(error: Exception) -> str:
 def _attention(config: PreTrainedConfig) -> str:
     # transformers refuses sdpa where logits are soft-capped or biased inside attention.
     softcap = getattr(config, "attn_logit_softcapping", None)
-    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not softcap else "eager"
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if _is_pair(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return "sdpa" if known[type(config)]._supports_sdpa and not softcap else "eager"

@@ -115,7 +115,10 @@ def _expressible(prefix: Prefix) -> InjectionRecord:
     """The one injection of `prefix`, if PEFT can say it."""
     records = prefix.manifest.injections
     expected, found = "what PEFT can express: ", ""
-    if len(records) != 1 or (records[0].kind, records[0].stack) != ("key_value_prefix", "decoder"):
+    if "encoder" in prefix.manifest.backbone.stacks:
+        expected += "keys and values of a decoder alone"
+        found = "a prefix for an encoder-decoder"
+    elif len(records) != 1 or (records[0].kind, records[0].stack) != ("key_value_prefix", "decoder"):
         expected += "keys and values of a decoder alone"
         found = ", ".join(record.kind for record in records)
     elif records[0].positions != Positions(text_start=records[0].length or 0):

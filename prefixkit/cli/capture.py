@@ -24,7 +24,7 @@ def capture(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Keep the keys and values of a context, so that text behind them needs the context no more."""
-    from prefixkit.backbones.load import load_backbone
+    from prefixkit.backbones.load import load_decoder
     from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.prefix import save
     from prefixkit.training import capture as capturing
@@ -33,7 +33,7 @@ def capture(
 
     quiet_transformers()
     check_output(output, [text, Path(task)], backbone)
-    decoder = load_backbone(backbone, device=chosen(device), dtype=dtype)
+    decoder = load_decoder(backbone, device=chosen(device), dtype=dtype)
     prefix = save(capturing.capture(decoder, text, task=task), output)
     length = prefix.manifest.injections[0].length
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from prefixkit.backbones.decoder import Decoder
+    from prefixkit.backbones.backbone import Backbone
     from prefixkit.format.manifest import TaskRecord
     from prefixkit.prefix import Prefix
     from prefixkit.task import ModelTokenizer
@@ -86,7 +86,7 @@ def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
 
 
 def _written(
-    model: Decoder, task: TaskRecord, tokenizer: ModelTokenizer, groups: Any, received: Any, generation: dict[str, int]
+    model: Backbone, task: TaskRecord, tokenizer: ModelTokenizer, groups: Any, received: Any, generation: dict[str, int]
 ) -> tuple[list[Any], dict[str, float]]:
     from prefixkit.cli.training_display import progress_of
     from prefixkit.training import evaluation
@@ -98,7 +98,7 @@ def _written(
 
 
 def _chosen(
-    model: Decoder, task: TaskRecord, tokenizer: ModelTokenizer, examples: Any, received: Any, batch_size: int
+    model: Backbone, task: TaskRecord, tokenizer: ModelTokenizer, examples: Any, received: Any, batch_size: int
 ) -> tuple[list[Any], dict[str, float]]:
     from prefixkit.cli.training_display import progress_of
     from prefixkit.training.classification import chosen, label_scores
@@ -119,7 +119,7 @@ def _chosen(
 
 def _fitting(
     files: list[Prefix], task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
-) -> tuple[Decoder, ModelTokenizer]:
+) -> tuple[Backbone, ModelTokenizer]:
     """The backbone that every prefix was made for, and its tokenizer, which can do what the task promises."""
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches

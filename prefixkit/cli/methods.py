@@ -22,6 +22,6 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         typer.echo(json.dumps({"version": 1, "methods": [asdict(entry) for entry in METHODS.values()]}, sort_keys=True))
         return
     for entry in METHODS.values():
-        typer.echo(f"{entry.name}  {entry.trains} ({entry.backbones}; {entry.paper})")
+        typer.echo(f"{entry.name}  {entry.trains} ({', '.join(entry.backbones)}; {entry.paper})")
         if entry.init:
             typer.echo(f"    --init {', '.join(entry.init)}")

@@ -27,7 +27,7 @@ def self_study(
     dtype: Annotated[str, typer.Option(help="What the backbone computes in.")] = "float32",
 ) -> None:
     """Let the backbone ask and answer about a document, for `train --method cartridge --task continuation`."""
-    from prefixkit.backbones.load import load_backbone
+    from prefixkit.backbones.load import load_decoder
     from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.format.atomic import write_bytes
     from prefixkit.methods.document import read_document
@@ -37,7 +37,7 @@ def self_study(
 
     quiet_transformers()
     text = read_document(document)
-    model = load_backbone(backbone, device=chosen(device), dtype=dtype)
+    model = load_decoder(backbone, device=chosen(device), dtype=dtype)
     tokenizer = load_tokenizer(model.folder)
     with progress_of("studying", count) as done:
         records = study.self_study(

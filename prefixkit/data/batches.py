@@ -58,6 +58,15 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
 
+class PairedBatch(Batch):
+    """Prompts and targets apart: `labels` [B, S] are the targets, of a length of their own."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding, of prompts and targets."""
+        return super().tokens + self.target_tokens
+
+
 def encode_examples(task: TaskRecord, tokenizer: ModelTokenizer, examples: Iterable[Example]) -> list[EncodedExample]:
     """Each example as the task says. Raises DataError, at the example's line, where one cannot be made to fit."""
     return [_encoded(task, tokenizer, example) for example in examples]
@@ -91,13 +100,35 @@ def collate(examples: Sequence[EncodedExample], *, pad_id: int = 0, side: Side =
     return Batch(*map(torch.from_numpy, (input_ids, attention_mask, labels)))
 
 
+def collate_pairs(examples: Sequence[EncodedExample], *, pad_id: int = 0) -> PairedBatch:
+    """One batch of `examples` in order for a model that reads prompts and targets apart, both padded on the right."""
+    input_ids, attention_mask = _rectangle([example.prompt for example in examples], pad_id)
+    labels, _ = _rectangle([example.target for example in examples], IGNORED)
+    return PairedBatch(input_ids, attention_mask, labels)
+
+
+def _rectangle(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows` in one tensor [B, T], and where they are."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tensor = torch.full(mask.shape, filler, dtype=torch.int64)
+    tensor[mask] = torch.tensor([token for row in rows for token in row])
+    return tensor, mask.long()
+
+
 def in_order(
-    examples: Sequence[EncodedExample], *, batch_size: int, pad_id: int = 0, side: Side = "right"
+    examples: Sequence[EncodedExample],
+    *,
+    batch_size: int,
+    pad_id: int = 0,
+    side: Side = "right",
+    paired: bool = False,
 ) -> Iterator[Batch]:
     """Every example once, by length, for a loss that does not depend on the order."""
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size], pad_id=pad_id, side=side)
+        chosen = ordered[start : start + batch_size]
+        yield collate_pairs(chosen, pad_id=pad_id) if paired else collate(chosen, pad_id=pad_id, side=side)
 
 
 class TrainingBatches:
@@ -115,6 +146,7 @@ class TrainingBatches:
         seed: int,
         pad_id: int = 0,
         side: Side = "right",
+        paired: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
@@ -123,13 +155,17 @@ class TrainingBatches:
         if not examples:
             raise DataError("training data", expected="at least one example", found="none")
         self.examples, self.batch_size, self.seed, self.pad_id, self.side = examples, batch_size, seed, pad_id, side
+        self.paired = paired
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._lengths = np.array([len(example) for example in examples])
         self._epoch = lru_cache(maxsize=2)(self._plan)
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`."""
-        return collate([self.examples[i] for i in self.indices(step)], pad_id=self.pad_id, side=self.side)
+        chosen = [self.examples[i] for i in self.indices(step)]
+        if self.paired:
+            return collate_pairs(chosen, pad_id=self.pad_id)
+        return collate(chosen, pad_id=self.pad_id, side=self.side)
 
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of `step` holds."""

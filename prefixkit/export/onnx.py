@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.folding import folded
 from prefixkit.backbones.geometry import refuse_swallowed
-from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.load import load_decoder
 from prefixkit.errors import ConfigError, InputError
 from prefixkit.export.parity import CaseResult
 from prefixkit.export.report import GRAPH, PREFIX, report_document, with_results
@@ -105,6 +105,7 @@ def export_onnx(
     stages = _Progress(progress)
     with stages.stage("loading"):
         loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
+        _refuse_encoder(loaded)
         decoder = _decoder(backbone, dtype)
         loaded = _fitting(loaded, decoder, allow_mismatch)
         injection = key_value_prefix(loaded) if loaded is not None else None
@@ -136,12 +137,19 @@ def _check_options(dtype: str, baked: bool, weights: str, prefix: object) -> Non
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")
 
 
+def _refuse_encoder(prefix: Prefix | None) -> None:
+    if prefix is not None and "encoder" in prefix.manifest.backbone.stacks:
+        expected, found = "a prefix for a decoder", "one for an encoder-decoder"
+        step = "`prefixkit eval` runs it; this version exports decoders"
+        raise InputError("export --onnx", expected=expected, found=found, next_step=step)
+
+
 def _decoder(backbone: Decoder | str | Path, dtype: str) -> Decoder:
     if isinstance(backbone, Decoder):
         if str(backbone.model.dtype) == f"torch.{dtype}":
             return backbone
         backbone = backbone.folder
-    return load_backbone(backbone, dtype=dtype)
+    return load_decoder(backbone, dtype=dtype)
 
 
 def _fitting(prefix: Prefix | None, decoder: Decoder, allow_mismatch: bool) -> Prefix | None:

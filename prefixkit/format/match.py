@@ -46,7 +46,7 @@ def folder_facts(folder: str | Path) -> Facts:
     """
     weights = backbone_digest(folder)
     config = read_config(folder)
-    layers = _first(config, "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
+    layers = _first(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
     return {
         "geometry": {"layers": layers, "hidden size": _first(config, "hidden_size", "n_embd", "d_model")},
         "config": {

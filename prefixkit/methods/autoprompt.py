@@ -45,6 +45,10 @@ class Settings:
         """A search has no learning rate; any number does."""
         return 1.0
 
+    def on(self, kind: str) -> Settings:
+        """The same: there is one kind of backbone for it."""
+        return self
+
 
 class AutoPrompt(Method):
     """A prompt of tokens. Calling the module gives it as an `EmbeddingPrompt`, whose vectors have a gradient.

@@ -45,6 +45,10 @@ class Settings:
         """That of the authors' long runs."""
         return 2e-2
 
+    def on(self, kind: str) -> Settings:
+        """The same: there is one kind of backbone for it."""
+        return self
+
 
 def make(settings: Settings, material: Material) -> PrefixTuning:
     """A cartridge at its start, with the document as its teacher.
@@ -64,6 +68,7 @@ def make(settings: Settings, material: Material) -> PrefixTuning:
         )
     refuse_overlong(settings.document, tokens, material.backbone.longest_text)
     teacher = material.backbone.key_values_of(tokens)
+    assert isinstance(teacher, KeyValuePrefix)
     method = PrefixTuning(_start(settings, material, teacher, tokens))
     method.teacher = teacher
     return method
@@ -80,7 +85,9 @@ def _start(settings: Settings, material: Material, document: KeyValuePrefix, tok
                 frozen_slots=settings.frozen_slots,
             )
         case "random", "", _:
-            return initialization.random_like(material.backbone, tokens, settings.length, material.seed)
+            drawn = initialization.random_like(material.backbone, tokens, settings.length, material.seed)
+            assert isinstance(drawn, KeyValuePrefix)
+            return drawn
         case "prefix", _, file if file:
             return start.from_parent(material, file, settings.length, KeyValuePrefix)
     raise start.unknown(settings.name, settings.init)

@@ -16,7 +16,8 @@ class MethodEntry:
 
     name: str
     injection: str
-    backbones: str
+    backbones: tuple[str, ...]
+    """The kinds: `decoder`, `encoder-decoder`."""
     trains: str
     init: tuple[str, ...]
     """The starts that `--init` takes, the default first; none where nothing is trained."""
@@ -30,7 +31,7 @@ METHODS = {
         MethodEntry(
             name="prefix-tuning",
             injection="key_value_prefix",
-            backbones="decoder",
+            backbones=("decoder", "encoder-decoder"),
             trains="keys and values in every layer, directly or through an MLP",
             init=("text", "text:WORDS", "random", "zeros", "prefix:FILE"),
             paper="Li & Liang 2021, arXiv 2101.00190",
@@ -38,7 +39,7 @@ METHODS = {
         MethodEntry(
             name="prompt-tuning",
             injection="embedding_prompt",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="input vectors before the text",
             init=("text", "text:WORDS", "vocabulary", "uniform", "uniform:code", "labels", "npy:FILE", "prefix:FILE"),
             paper="Lester et al. 2021, arXiv 2104.08691",
@@ -46,7 +47,7 @@ METHODS = {
         MethodEntry(
             name="p-tuning",
             injection="embedding_prompt",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="input vectors before the text, through an LSTM or an MLP",
             init=("random", "text", "text:WORDS"),
             paper="Liu et al. 2021, arXiv 2103.10385",
@@ -54,7 +55,7 @@ METHODS = {
         MethodEntry(
             name="autoprompt",
             injection="embedding_prompt",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="which tokens stand before the text",
             init=("text", "text:WORDS", "random"),
             paper="Shin et al. 2020, arXiv 2010.15980",
@@ -62,7 +63,7 @@ METHODS = {
         MethodEntry(
             name="cartridge",
             injection="key_value_prefix",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="keys and values in every layer, to stand for a document (--set method.document=FILE)",
             init=("document", "random", "prefix:FILE"),
             paper="Eyuboglu et al. 2025, arXiv 2506.06266",
@@ -70,7 +71,7 @@ METHODS = {
         MethodEntry(
             name="capture",
             injection="key_value_prefix",
-            backbones="decoder",
+            backbones=("decoder",),
             trains="nothing: the keys and values of a context, exactly, by `prefixkit capture`",
             init=(),
             paper="Brown et al. 2020, arXiv 2005.14165, for learning in context",

@@ -7,7 +7,7 @@ values; the standard normal that is usual elsewhere is far from what attention e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import KeyValuePrefix, KeyValuePrefixes
+
+KeysAndValues = KeyValuePrefix | KeyValuePrefixes
 
 
 class KeyValueSource(Protocol):
@@ -27,12 +29,19 @@ class KeyValueSource(Protocol):
         """How many tokens `key_values_of` takes at most; None without a limit."""
         ...
 
-    def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
+    def key_values_of(self, token_ids: list[int]) -> KeysAndValues:
         """The keys and values of a text at positions 0, 1, …"""
         ...
 
 
-def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> KeyValuePrefix:
+def each(start: KeysAndValues, change: Callable[[KeyValuePrefix], KeyValuePrefix]) -> KeysAndValues:
+    """`start` with `change` done to it, or to each of its parts in order."""
+    if isinstance(start, KeyValuePrefixes):
+        return replace(start, parts=tuple(map(change, start.parts)))
+    return change(start)
+
+
+def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> KeysAndValues:
     """The keys and values of `token_ids`, repeated or cut to `length` slots.
 
     Raises:
@@ -44,7 +53,7 @@ def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> 
     return source.key_values_of(repeated[:length])
 
 
-def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, seed: int) -> KeyValuePrefix:
+def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, seed: int) -> KeysAndValues:
     """Normal numbers with the mean and spread that each layer's keys and values have on a real text.
 
     The text is `token_ids`, repeated to `length` where it is shorter and cut to what the backbone takes.
@@ -52,17 +61,25 @@ def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, s
     sampled = max(length, len(token_ids))
     text = from_text(source, token_ids, min(sampled, source.longest_text or sampled))
     generator = torch.Generator().manual_seed(seed)
+    return each(text, lambda sample: _random_like(sample, length, generator))
+
+
+def zeros(source: KeyValueSource, length: int) -> KeysAndValues:
+    """Zeros: each slot still takes its share of attention, and gives nothing for it."""
+    return each(from_text(source, [0], length), _zeros_like)
+
+
+def _random_like(sample: KeyValuePrefix, length: int, generator: torch.Generator) -> KeyValuePrefix:
+    takes = sample.positions.prefix_takes_positions
     return replace(
-        text,
-        keys=tuple(_normal_like(key, length, generator) for key in text.keys),
-        values=tuple(_normal_like(value, length, generator) for value in text.values),
-        positions=Positions(text_start=length),
+        sample,
+        keys=tuple(_normal_like(key, length, generator) for key in sample.keys),
+        values=tuple(_normal_like(value, length, generator) for value in sample.values),
+        positions=Positions(text_start=length) if takes else sample.positions,
     )
 
 
-def zeros(source: KeyValueSource, length: int) -> KeyValuePrefix:
-    """Zeros: each slot still takes its share of attention, and gives nothing for it."""
-    text = from_text(source, [0], length)
+def _zeros_like(text: KeyValuePrefix) -> KeyValuePrefix:
     return replace(text, keys=tuple(map(torch.zeros_like, text.keys)), values=tuple(map(torch.zeros_like, text.values)))
 
 

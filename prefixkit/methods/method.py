@@ -62,6 +62,10 @@ class MethodSettings(Protocol):
         """The peak learning rate that works unsearched."""
         ...
 
+    def on(self, kind: str) -> MethodSettings:
+        """The same on a backbone of this kind, with what its defaults mean there. Raises ConfigError."""
+        ...
+
 
 class Backbone(KeyValueSource, Protocol):
     """A frozen model, as far as methods need one."""
@@ -108,5 +112,5 @@ class MethodFile(Protocol):
     Settings: type[Any]
 
     def make(self, settings: Any, material: Material) -> Method:
-        """The method at its start."""
+        """The method at its start, with the settings that `MethodSettings.on` gave."""
         ...

@@ -45,6 +45,10 @@ class Settings:
         """Chosen by tests/bench/defaults.py."""
         return 3e-3
 
+    def on(self, kind: str) -> Settings:
+        """The same: there is one kind of backbone for it."""
+        return self
+
 
 class PromptEncoder(nn.Module):
     """Embedding(prefix, hidden) -> two-layer bidirectional LSTM or nothing -> Linear -> ReLU -> Linear.

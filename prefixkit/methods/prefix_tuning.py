@@ -1,24 +1,31 @@
-"""Prefix-Tuning (Li & Liang 2021, arXiv 2101.00190) for decoders: trained keys and values in every layer.
+"""Prefix-Tuning (Li & Liang 2021, arXiv 2101.00190): trained keys and values in every layer.
 
 Where the paper and the official code differ, this follows the code: keys and values are free after projection (the
-paper speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout.
+paper speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout. An encoder-decoder gets
+three independent prefixes (the paper speaks of two): in its encoder, in its decoder, and before the encoder's output
+where the decoder looks at that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.format.names import ATTENTIONS
+from prefixkit.injections import KeyValuePrefix, KeyValuePrefixes
 from prefixkit.methods import initialization, start
 from prefixkit.methods.method import Material, Method
 from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct
 from prefixkit.settings import at_least, check_types, one_of
+
+PLACES = tuple(".".join(place) for place in ATTENTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,10 @@ class Settings:
         init: `text` (the training data's own words), `text:WORDS`, `random`, `zeros` or `prefix:FILE`.
         reparameterization: `none`, or `mlp` as in the paper.
         bottleneck: width of the MLP's middle layer.
-        positions: `offset` counts the text from `length`, as decoders' caches do; `none` counts it from 0.
+        positions: `offset` counts the text from `length`, as decoders' caches do; `none` counts it from 0, as
+            encoder-decoders always do.
+        stacks: where an encoder-decoder gets a prefix: `decoder.self`, `encoder.self`, `decoder.cross`, or several with
+            commas between them; all three by default.
     """
 
     name: str = "prefix-tuning"
@@ -38,19 +48,32 @@ class Settings:
     init: str = "text"
     reparameterization: str = "none"
     bottleneck: int = 512
-    positions: str = "offset"
+    positions: str | None = None
+    stacks: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "method.")
         at_least("--length", self.length, 1)
         at_least("bottleneck", self.bottleneck, 1)
         one_of("reparameterization", self.reparameterization, REPARAMETERIZATIONS)
-        one_of("positions", self.positions, ("offset", "none"))
+        one_of("positions", self.positions or "none", ("offset", "none"))
+        for place in (self.stacks or PLACES[0]).split(","):
+            one_of("stacks", place, PLACES)
 
     @property
     def default_lr(self) -> float:
         """Chosen by tests/bench/defaults.py."""
         return {"none": 1e-1, "mlp": 2e-3}[self.reparameterization]
+
+    def on(self, kind: str) -> Settings:
+        """The same on a backbone of this kind. Raises ConfigError for what there is on another kind only."""
+        if kind == "encoder-decoder":
+            if self.positions == "offset":
+                raise ConfigError("positions", expected=f"none, as on every {kind}", found="offset")
+            return replace(self, positions="none", stacks=self.stacks or ",".join(PLACES))
+        if self.stacks is not None:
+            raise ConfigError("stacks", expected="an encoder-decoder to choose them on", found=f"a {kind}")
+        return replace(self, positions=self.positions or "offset")
 
 
 class PrefixTuning(Method):
@@ -111,10 +134,43 @@ class PrefixTuning(Method):
         return trained if self.frozen is None else torch.cat([self.frozen, trained])
 
 
-def make(settings: Settings, material: Material) -> PrefixTuning:
+class PrefixesTuning(Method):
+    """A trainable prefix for each of several attentions. They share nothing, neither slots nor MLPs."""
+
+    def __init__(self, methods: Sequence[PrefixTuning]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(methods)
+
+    def forward(self) -> KeyValuePrefixes:
+        """The prefixes that the current parameters make."""
+        return KeyValuePrefixes(parts=tuple(part() for part in self.parts))
+
+    @torch.no_grad()
+    def fold(self) -> KeyValuePrefixes:
+        """The prefixes as constants."""
+        return KeyValuePrefixes(parts=tuple(cast(PrefixTuning, part).fold() for part in self.parts))
+
+
+def make(settings: Settings, material: Material) -> PrefixTuning | PrefixesTuning:
     """Prefix-Tuning at its start. Raises ConfigError for a start that it does not know."""
-    offset = settings.positions == "offset"
     begin = _start(settings, material)
+    if isinstance(begin, KeyValuePrefix):
+        return _trained(begin, settings, material)
+    return PrefixesTuning([_trained(part, settings, material) for part in _chosen(begin, settings)])
+
+
+def _chosen(start: KeyValuePrefixes, settings: Settings) -> list[KeyValuePrefix]:
+    parts = {part.place: part for part in start.parts}
+    wanted = [place for place in PLACES if settings.stacks is None or place in settings.stacks.split(",")]
+    for place in wanted:
+        if place not in parts:
+            found = f"{' and '.join(parts)} alone"
+            raise ConfigError("--init", expected=f"a file with a prefix for {place}", found=found)
+    return [parts[place] for place in wanted]
+
+
+def _trained(begin: KeyValuePrefix, settings: Settings, material: Material) -> PrefixTuning:
+    offset = settings.positions != "none"
     return PrefixTuning(
         replace(begin, positions=Positions(text_start=begin.length if offset else 0, prefix_takes_positions=offset)),
         reparameterization=settings.reparameterization,
@@ -124,19 +180,22 @@ def make(settings: Settings, material: Material) -> PrefixTuning:
     )
 
 
-def _start(settings: Settings, material: Material) -> KeyValuePrefix:
+def _start(settings: Settings, material: Material) -> initialization.KeysAndValues:
     match settings.init.partition(":"):
         case "text", _, words:
             text = start.words(material, words)
             # A trained BOS would no longer be the one that the contract promises.
             frozen = 0 if material.bos_id is None else 1
-            return replace(initialization.from_text(material.backbone, text, settings.length), frozen_slots=frozen)
+            begin = initialization.from_text(material.backbone, text, settings.length)
+            return initialization.each(begin, lambda part: replace(part, frozen_slots=frozen))
         case "random", "", _:
             return initialization.random_like(material.backbone, material.words, settings.length, material.seed)
         case "zeros", "", _:
             return initialization.zeros(material.backbone, settings.length)
         case "prefix", _, file if file:
-            return start.from_parent(material, file, settings.length, KeyValuePrefix)
+            if settings.stacks is None:
+                return start.from_parent(material, file, settings.length, KeyValuePrefix)
+            return start.from_parent(material, file, settings.length, KeyValuePrefixes)
     raise start.unknown(settings.name, settings.init)
 
 

@@ -59,6 +59,10 @@ class Settings:
         """Chosen by tests/bench/defaults.py."""
         return {"none": 3e-1, "mlp": 2e-3}[self.reparameterization]
 
+    def on(self, kind: str) -> Settings:
+        """The same: there is one kind of backbone for it."""
+        return self
+
 
 class PromptTuning(Method):
     """A trainable prompt. Calling the module gives the current `EmbeddingPrompt`, with gradients.

@@ -12,6 +12,10 @@
 
 What a file leaves out is as in the task `text`, except `bos`: it follows the tokenizer, which knows whether its model
 expects one.
+
+An encoder-decoder reads input and separator with its encoder and writes the target with its decoder. For it the
+separator of `text` is `{eos}`, with which T5's and BART's sources end, and where the tokenizer puts a BOS before a text
+the target begins with one too: `<s> source </s>` and `<s> target </s>`, as the code of Prefix-Tuning has it for BART.
 """
 
 from __future__ import annotations
@@ -56,25 +60,32 @@ READY_MADE = (*TEMPLATES, "chat")
 KEYS = ("name", "input_template", "separator", "target_template", "stop", "bos", "max_length", "verbalizer")
 
 
-def load_task(name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int) -> TaskRecord:
+def load_task(
+    name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int, paired: bool = False
+) -> TaskRecord:
     """The ready-made task of that name, or the task that a TOML file describes, for this tokenizer.
 
-    `max_length` is the number of tokens that the backbone has for prompt and target; a file may ask for fewer.
-    Raises ConfigError.
+    `max_length` is the number of tokens that the backbone has for prompt and target; a file may ask for fewer. `paired`
+    says that it reads them apart, as encoder-decoders do. Raises ConfigError.
     """
     name = str(name_or_path)
+    templates = {**TEMPLATES, "text": {**TEMPLATES["text"], **(_pair(tokenizer) if paired else {})}}
     if name == "chat":
         return _chat(tokenizer, max_length)
-    if name in TEMPLATES:
-        return _task(name, {"name": name}, TEMPLATES[name], tokenizer, max_length)
+    if name in templates:
+        return _task(name, {"name": name}, templates[name], tokenizer, max_length)
     if name.endswith(".toml"):
-        return _task(name, _read(Path(name)), TEMPLATES["text"], tokenizer, max_length)
+        return _task(name, _read(Path(name)), templates["text"], tokenizer, max_length)
     raise ConfigError(
         "--task",
         expected="a ready-made task or a .toml file",
         found=repr(name),
         next_step=did_you_mean(name, READY_MADE),
     )
+
+
+def _pair(tokenizer: ModelTokenizer) -> dict[str, str]:
+    return {"separator": "{eos}", "target_template": "{bos}{target}" if tokenizer.adds_bos else "{target}"}
 
 
 def _chat(tokenizer: ModelTokenizer, max_length: int) -> TaskRecord:

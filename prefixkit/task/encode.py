@@ -60,9 +60,17 @@ def encode_target(task: TaskRecord, tokenizer: ModelTokenizer, text: str, *, whe
 
 
 def decode_target(task: TaskRecord, tokenizer: ModelTokenizer, ids: Sequence[int]) -> str:
-    """The text that `ids` say: up to the first stop token, without white space at either end."""
-    ends = stop_ids(task, tokenizer)
-    return tokenizer.decode(list(takewhile(lambda id_: id_ not in ends, ids))).strip()
+    """The text that `ids` say: up to the first stop token, without white space at either end.
+
+    Special tokens that the target template spells are not part of what was said.
+    """
+    ends, spelled = stop_ids(task, tokenizer), _spelled(task.target_template, tokenizer)
+    written = takewhile(lambda id_: id_ not in ends, ids)
+    return tokenizer.decode([id_ for id_ in written if id_ not in spelled]).strip()
+
+
+def _spelled(template: str, tokenizer: ModelTokenizer) -> set[int]:
+    return {id_ for token, id_ in tokenizer.special_ids.items() if token in template}
 
 
 def stop_ids(task: TaskRecord, tokenizer: ModelTokenizer) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from prefixkit import __version__
 from prefixkit.backbones.decoder import Decoder
-from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.load import load_decoder
 from prefixkit.format.manifest import Manifest, Provenance, TaskRecord
 from prefixkit.methods.document import read_document, refuse_overlong
 from prefixkit.prefix import Prefix
@@ -32,7 +32,7 @@ def capture(backbone: Decoder | str | Path, text: str | Path, *, task: str = "co
         ConfigError: a file that cannot be read, one that leaves no room for text, or another task.
         BackboneError: a context that a sliding window would swallow.
     """
-    decoder = backbone if isinstance(backbone, Decoder) else load_backbone(backbone)
+    decoder = backbone if isinstance(backbone, Decoder) else load_decoder(backbone)
     tokenizer, context = load_tokenizer(decoder.folder), read_document(text)
     wanted = load_task(task, tokenizer, max_length=decoder.context_length or _LONG)
     tokens = [*_bos(wanted, tokenizer), *tokenizer.encode_text(context)]

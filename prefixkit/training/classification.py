@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixkit.backbones.decoder import Decoder
-from prefixkit.data.batches import Batch, EncodedExample, collate
+from prefixkit.backbones.backbone import Backbone
+from prefixkit.data.batches import IGNORED, Batch, EncodedExample, collate, collate_pairs
 from prefixkit.data.readers import Example
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
-from prefixkit.training.objectives import next_token_positions
 
 
 def chosen(task: TaskRecord, scores: Sequence[Tensor]) -> list[str]:
@@ -32,7 +31,7 @@ def chosen(task: TaskRecord, scores: Sequence[Tensor]) -> list[str]:
 
 @torch.no_grad()
 def label_scores(
-    backbone: Decoder,
+    backbone: Backbone,
     task: TaskRecord,
     tokenizer: ModelTokenizer,
     examples: Sequence[Example],
@@ -58,7 +57,8 @@ def label_scores(
     received = backbone.fold(received) if received is not None else None
     scores = torch.empty(len(rows))
     for count, indices in _by_length(rows, batch_size):
-        scores[indices] = _log_likelihoods(backbone, collate([rows[index] for index in indices]), received)
+        together = collate_pairs if backbone.paired else collate
+        scores[indices] = _log_likelihoods(backbone, together([rows[index] for index in indices]), received)
         done(count)
     return scores.reshape(len(examples), len(targets))
 
@@ -70,11 +70,11 @@ def _by_length(rows: Sequence[EncodedExample], batch_size: int) -> Iterator[tupl
         yield start + len(chosen), chosen
 
 
-def _log_likelihoods(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+def _log_likelihoods(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     """[batch]: the summed log-likelihood of each row's target."""
-    places = next_token_positions(batch.labels).to(backbone.device)
+    labels = batch.labels.to(backbone.device)
     tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
-    logits = backbone.logits_where(places, tokens, mask, received)
-    each = -F.cross_entropy(logits.float(), tokens.roll(-1, dims=1)[places], reduction="none")
-    row = places.nonzero()[:, 0]
-    return torch.zeros(len(batch.input_ids), device=each.device).index_add(0, row, each).cpu()
+    logits = backbone.target_logits(tokens, mask, labels, received)
+    chosen = labels != IGNORED
+    each = -F.cross_entropy(logits.float(), labels[chosen], reduction="none")
+    return torch.zeros(len(labels), device=each.device).index_add(0, chosen.nonzero()[:, 0], each).cpu()

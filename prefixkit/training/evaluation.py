@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.readers import Example
 from prefixkit.data.references import ReferenceGroup, group_references
 from prefixkit.format.manifest import TaskRecord
@@ -23,7 +23,7 @@ class Written:
 
 
 def write(
-    backbone: Decoder,
+    backbone: Backbone,
     task: TaskRecord,
     tokenizer: ModelTokenizer,
     groups: Sequence[ReferenceGroup],
@@ -58,7 +58,7 @@ def write(
     return [Written(group, texts[index]) for index, group in enumerate(groups)]
 
 
-def within_context(task: TaskRecord, backbone: Decoder, prefix: Injection | None) -> TaskRecord:
+def within_context(task: TaskRecord, backbone: Backbone, prefix: Injection | None) -> TaskRecord:
     """`task` with no longer texts than `backbone`'s context has room for, behind `prefix`."""
     room = backbone.room_behind(prefix)
     return task if room is None or room >= task.max_length else replace(task, max_length=room)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 
 from prefixkit import __version__
-from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_order
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
-from prefixkit.injections import Injection
+from prefixkit.injections import Injection, records_of
 from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
@@ -155,7 +155,7 @@ def _loss(prepared: Prepared, batch: Batch) -> float:
 
 @torch.no_grad()
 def mean_loss(
-    backbone: Decoder,
+    backbone: Backbone,
     examples: list[EncodedExample],
     prefix: Injection | None,
     batch_size: int,
@@ -163,7 +163,7 @@ def mean_loss(
 ) -> float:
     """Nats a target token over `examples`."""
     total, tokens = 0.0, 0
-    for batch in in_order(examples, batch_size=batch_size):
+    for batch in in_order(examples, batch_size=batch_size, paired=backbone.paired):
         total += objective(backbone, batch, prefix).item()
         tokens += batch.target_tokens
     return total / tokens
@@ -209,7 +209,7 @@ def result(prepared: Prepared, state: State) -> Prefix:
     )
     manifest = Manifest(
         backbone=prepared.backbone.identity,
-        injections=(folded.record(),),
+        injections=records_of(folded),
         provenance=provenance,
         task=prepared.task,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import EncodedExample
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
@@ -20,7 +20,7 @@ _FROM_TEXT = ("text", "document")
 
 def material_for(
     config: TrainConfig,
-    backbone: Decoder,
+    backbone: Backbone,
     task: TaskRecord,
     tokenizer: ModelTokenizer,
     encoded: Sequence[EncodedExample],
@@ -45,7 +45,7 @@ def material_for(
         parent=parent,
         labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
         special_ids=sorted(tokenizer.special_ids.values()),
-        bos_id=_promised_bos(config, task, tokenizer),
+        bos_id=_promised_bos(config, backbone, task, tokenizer),
         seed=config.seed,
     )
 
@@ -60,10 +60,13 @@ def _own_words(encoded: Sequence[EncodedExample], length: int) -> list[int]:
     return words
 
 
-def _promised_bos(config: TrainConfig, task: TaskRecord, tokenizer: ModelTokenizer) -> int | None:
+def _promised_bos(config: TrainConfig, backbone: Backbone, task: TaskRecord, tokenizer: ModelTokenizer) -> int | None:
     """The token that the first slot has to hold for `task`. Raises ConfigError where it cannot."""
     if task.bos != "before":
         return None
+    if backbone.paired:
+        expected, step = f'bos = "after" or "none" for an {backbone.kind}', "no slot stands before what it writes"
+        raise ConfigError("task", expected=expected, found='"before"', next_step=step)
     if config.method.init.partition(":")[0] not in _FROM_TEXT or tokenizer.bos_id is None:
         found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
         raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import Batch
-from prefixkit.injections import Injection, KeyValuePrefix
+from prefixkit.injections import Injection
 
-Objective = Callable[[Decoder, Batch, Injection | None], Tensor]
+Objective = Callable[[Backbone, Batch, Injection | None], Tensor]
 TOP = 20
 """How many of the teacher's most likely tokens are kept, as in the code of cartridges."""
 
 
-def next_token(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+def next_token(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     """The cross-entropy of the targets themselves."""
     labels = batch.labels.to(backbone.device)
     return cross_entropy_sum(_target_logits(backbone, batch, received), labels)
@@ -28,36 +28,29 @@ def next_token(backbone: Decoder, batch: Batch, received: Injection | None) -> T
 class Distillation:
     """The cross-entropy of what the backbone says at the targets' places when it receives `teacher`."""
 
-    teacher: KeyValuePrefix
+    teacher: Injection
 
-    def __call__(self, backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+    def __call__(self, backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
         """The summed loss of a batch."""
         with torch.no_grad():
             wanted = _target_logits(backbone, batch, self.teacher)
         return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted)
 
 
-def _target_logits(backbone: Decoder, batch: Batch, received: Injection | None) -> Tensor:
+def _target_logits(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     labels = batch.labels.to(backbone.device)
     tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
-    return backbone.logits_where(next_token_positions(labels), tokens, mask, received)
-
-
-def next_token_positions(labels: Tensor) -> Tensor:
-    """[batch, seq] bool: where the logits are that predict a labelled token, one position before it."""
-    chosen = (labels != -100).roll(-1, dims=1)
-    chosen[:, -1] = False
-    return chosen
+    return backbone.target_logits(tokens, mask, labels, received)
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed negative log-likelihood in nats of the labelled tokens.
 
     Args:
-        logits: [tokens, vocab] at `next_token_positions(labels)`.
+        logits: [tokens, vocab], what a backbone's `target_logits` gives for `labels`.
         labels: [batch, seq], -100 where nothing is to be learnt.
     """
-    wanted = labels[:, 1:][labels[:, 1:] != -100]
+    wanted = labels[labels != -100]
     return F.cross_entropy(logits.float(), wanted, reduction="sum")
 
 

@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prefixkit.backbones.decoder import Decoder
-from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
-from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
 from prefixkit.data.readers import Example, data_hash, read_examples
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.injections import Injection
-from prefixkit.methods.catalogue import method_file
+from prefixkit.methods.catalogue import METHODS, method_file
 from prefixkit.methods.method import Material, Method
 from prefixkit.task import input_fields, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
@@ -42,7 +39,7 @@ class Prepared:
     """
 
     config: TrainConfig
-    backbone: Decoder
+    backbone: Backbone
     task: TaskRecord
     method: Method
     objective: Objective
@@ -64,8 +61,10 @@ def prepare(config: TrainConfig) -> Prepared:
     check_output(config.output, files_of(config), config.backbone)
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    config = _for_backbone(config, backbone)
     tokenizer = load_tokenizer(backbone.folder)
-    task = load_task(config.task, tokenizer, max_length=room_for_text(backbone, config.method.length))
+    room = room_for_text(backbone, config.method.length)
+    task = load_task(config.task, tokenizer, max_length=room, paired=backbone.paired)
     task = replace(task, filler_id=tokenizer.eos_id if task.filler_id is None else task.filler_id)
     examples = read_examples(config.data, fields=input_fields(task), verbalizer=task.verbalizer)
     encoded = encode_examples(task, tokenizer, examples)
@@ -74,10 +73,10 @@ def prepare(config: TrainConfig) -> Prepared:
     material = material_for(config, backbone, task, tokenizer, encoded, parents)
     method = _method(config, backbone, material)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
-    if (room := backbone.room_behind(teacher)) is not None and room < task.max_length:
-        task = replace(task, max_length=room)
+    if (left := backbone.room_behind(teacher)) is not None and left < task.max_length:
+        task = replace(task, max_length=left)
         encoded = encode_examples(task, tokenizer, examples)
-    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed)
+    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, paired=backbone.paired)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,
@@ -101,20 +100,37 @@ def device(choice: str) -> str:
     return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def room_for_text(backbone: Decoder, length: int) -> int:
+def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+    """`config` with the method's settings as they are on this kind of backbone.
+
+    Raises:
+        ConfigError: the method, or a setting of it, is for another kind.
+    """
+    entry = METHODS[config.method.name]
+    if backbone.kind not in entry.backbones:
+        fitting = " or ".join(name for name, other in METHODS.items() if backbone.kind in other.backbones)
+        raise ConfigError(
+            f"--method {entry.name}",
+            expected=f"a backbone of the kind {' or '.join(entry.backbones)}",
+            found=f"{backbone.identity.family}, an {backbone.kind}",
+            next_step=f"use --method {fitting}",
+        )
+    return replace(config, method=config.method.on(backbone.kind))
+
+
+def room_for_text(backbone: Backbone, length: int) -> int:
     """Tokens of text that fit behind a prefix of `length`.
 
     Raises:
         ConfigError: the prefix alone fills the context.
         BackboneError: a sliding window would swallow the prefix.
     """
-    refuse_swallowed(backbone.geometry, length, backbone.identity.name)
-    context = backbone.context_length
-    if context is not None and length >= context - 1:
-        expected = f"a prefix shorter than the context of {context} tokens"
+    room = backbone.room_for_text(length)
+    if room is not None and room <= 1:
+        expected = f"a prefix shorter than the context of {backbone.context_length} tokens"
         raise ConfigError("--length", expected=expected, found=str(length))
-    # Without a stated context (ALiBi) a limit still keeps one stray example from filling the memory.
-    return (context - length) if context is not None else 2048
+    # Without a stated context (ALiBi, T5) a limit still keeps one stray example from filling the memory.
+    return room if room is not None else 2048
 
 
 def _held_out(config: TrainConfig, task: TaskRecord) -> list[Example]:
@@ -141,8 +157,7 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return max(LEAST_STEPS, steps_per_epoch)
 
 
-def _method(config: TrainConfig, backbone: Decoder, material: Material) -> Method:
+def _method(config: TrainConfig, backbone: Backbone, material: Material) -> Method:
     method = method_file(config.method.name).make(config.method, material).to(backbone.device)
-    made: Injection = method()
-    refuse_unplaceable(backbone.model, made.positions, made.length)
+    backbone.refuse_unplaceable(method())
     return method

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedConfig,
     Qwen3NextConfig,
     RwkvConfig,
-    T5Config,
     ViTConfig,
 )
 
@@ -128,7 +127,6 @@ _SMALL = {
         (JambaConfig, "jamba: linear_attention layers", "a soft prompt"),
         (MambaConfig, "mamba: linear_attention layers", "a soft prompt"),
         (RwkvConfig, "rwkv: no attention heads", "a soft prompt"),
-        (T5Config, "t5: an encoder-decoder", "use a decoder-only backbone"),
         (BertConfig, "bert: no causal language model", "use a decoder such as Llama"),
         (ModernBertConfig, "modernbert: no causal language model", "use a decoder such as Llama"),
         (ViTConfig, "vit: no causal language model", "use a decoder such as Llama"),

@@ -12,6 +12,7 @@ from prefixkit.data.batches import (
     EncodedExample,
     TrainingBatches,
     collate,
+    collate_pairs,
     count_truncated,
     encode_examples,
     in_order,
@@ -131,3 +132,12 @@ def test_faulty_settings_are_refused() -> None:
         TrainingBatches(ragged(3), batch_size=1, seed=-1)
     with pytest.raises(DataError, match="expected at least one example"):
         TrainingBatches([], batch_size=1, seed=0)
+
+
+def test_pairs_are_padded_apart_and_counted_together() -> None:
+    examples = [EncodedExample((5, 6, 7), (8,)), EncodedExample((9,), (1, 2))]
+    batch = collate_pairs(examples, pad_id=4)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [9, 4, 4]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.labels.tolist() == [[8, IGNORED], [1, 2]]
+    assert (batch.tokens, batch.target_tokens) == (7, 3)

@@ -1,0 +1,131 @@
+"""A frozen model of either kind, `Decoder` or `EncoderDecoder`: what training and evaluation ask of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from prefixkit.format.manifest import BackboneIdentity
+from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
+
+
+@dataclass
+class Backbone(ABC):
+    """A model with frozen weights.
+
+    Attributes:
+        kind: as `prefixkit methods` names it.
+        paired: whether prompt and target are two sequences, one for each stack, or one that goes on.
+        model: the `transformers` model, in eval mode, without gradients.
+        folder: where it was loaded from.
+        identity: what a prefix file says of it.
+    """
+
+    kind: ClassVar[str]
+    paired: ClassVar[bool]
+    model: PreTrainedModel
+    folder: Path
+    identity: BackboneIdentity
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that a stack knows; None where they have no end."""
+        return self.identity.context_length
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of token vectors."""
+        return self.identity.hidden_size
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """[vocab, hidden]: the vector of every token, after the model's embedding scale."""
+        table = self.model.get_input_embeddings()
+        vectors: Tensor = table(torch.arange(table.num_embeddings, device=self.device))
+        return vectors.detach()
+
+    @property
+    @abstractmethod
+    def longest_text(self) -> int | None:
+        """Tokens that `key_values_of` takes at most; None without a limit."""
+
+    @abstractmethod
+    def room_for_text(self, length: int) -> int | None:
+        """Positions that a prefix of `length` slots leaves for text; None where they have no end.
+
+        Raises:
+            BackboneError: a sliding window would swallow the prefix.
+        """
+
+    @abstractmethod
+    def room_behind(self, prefix: Injection | None) -> int | None:
+        """Positions that `prefix` leaves for text; None where they have no end."""
+
+    @abstractmethod
+    def refuse_unplaceable(self, received: Injection) -> None:
+        """Raise BackboneError for a prefix whose text the model cannot place where it should start."""
+
+    @abstractmethod
+    def fold(self, received: Injection) -> KeyValuePrefix | KeyValuePrefixes:
+        """`received` as keys and values."""
+
+    @abstractmethod
+    def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix | KeyValuePrefixes:
+        """The keys and values of a real text, wherever a prefix can stand."""
+
+    @abstractmethod
+    def target_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+    ) -> Tensor:
+        """The logits [tokens, vocab] that predict the tokens of `labels` that are not -100, row by row."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix: Injection | None = None,
+        *,
+        stop: Sequence[int],
+        max_new_tokens: int,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """What the model writes for each prompt, as if that prompt were alone, up to the first stop token."""
+
+    @contextmanager
+    def _logits_only_at(self, chosen: Tensor) -> Iterator[None]:
+        """Logits in a `with` block are [1, chosen, vocab]: those where `chosen` [batch, seq] is True."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def without_habits(model: PreTrainedModel) -> Iterator[None]:
+    """Without a checkpoint's own generation settings, which fill in whatever a caller leaves open.
+
+    BART's forbid repetitions and force tokens, those of instruction-tuned decoders penalise and sample.
+    """
+    habits = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = habits

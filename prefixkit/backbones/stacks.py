@@ -1,0 +1,122 @@
+"""The attentions of an encoder-decoder: what each of them receives, and what it sees of a text.
+
+A prefix stands before the keys and values of the text that is looked at: of the source in the encoder's self-attention,
+of the target in the decoder's, and of the encoder's output in the cross-attention between them. It takes no positions:
+BART counts the text from 0 as if there were no prefix, and T5's bias by distance leaves the slots out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefixkit.backbones.attention import KEYWORD, Injected, Seen, number, route, uninstall
+from prefixkit.backbones.geometry import evaluating, one_token
+from prefixkit.errors import BackboneError
+from prefixkit.format.manifest import LayerGeometry
+from prefixkit.format.names import ATTENTIONS
+
+Place = tuple[str, str]
+"""Stack and attention, one of `prefixkit.format.names.ATTENTIONS`."""
+
+
+class Stacks:
+    """Hooks on the encoder and the decoder of a model. They hand each attention what it receives.
+
+    Raises:
+        BackboneError: the model's attention implementation cannot be given a prefix.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.previous = model, route(model)
+        self._received: Mapping[Place, Injected] = {}
+        stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        self._hooks = [
+            stack.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+            for name, stack in stacks.items()
+        ]
+        with evaluating(model):
+            for seen in self.look(one_token(model).expand(1, 2), one_token(model)).values():
+                number(seen)
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        uninstall(self.model, self.previous)
+
+    @contextmanager
+    def receiving(self, received: Mapping[Place, Injected]) -> Iterator[PreTrainedModel]:
+        """The model with `received` in it for the length of a `with` block."""
+        self._received = received
+        try:
+            yield self.model
+        finally:
+            self._received = {}
+
+    @torch.no_grad()
+    def look(self, source: Tensor, target: Tensor) -> dict[Place, list[Seen]]:
+        """What the layers of each attention see when `source` is read and `target` [batch, seq] written."""
+        seen: dict[Place, list[Seen]] = {place: [] for place in ATTENTIONS}
+        with self.receiving({place: Injected(seen=layers) for place, layers in seen.items()}) as model:
+            read = model.get_encoder()(input_ids=source).last_hidden_state
+            model.get_decoder()(input_ids=target, encoder_hidden_states=read, use_cache=False)
+        return seen
+
+    def _before(self, stack: str, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
+        injected = self._received.get((stack, "self"), Injected())
+        if stack == "decoder":
+            injected = replace(injected, cross=self._received.get((stack, "cross"), Injected()))
+        return arguments, {**keywords, KEYWORD: injected}
+
+
+def measure_stacks(model: PreTrainedModel, where: str) -> dict[str, tuple[LayerGeometry, ...]]:
+    """The geometry of `encoder` and `decoder`, from two tokens read and one written.
+
+    Raises:
+        BackboneError: attention that what is injected does not reach, layers whose keys and values are not one a token
+            and head, or cross-attention of another shape than the decoder's self-attention, which no file could state.
+    """
+    stacks, token = Stacks(model), one_token(model)
+    try:
+        with evaluating(model):
+            seen = stacks.look(token.expand(1, 2), token)
+    finally:
+        stacks.remove()
+    _refuse_unreached(model, seen, where)
+    tokens = {("decoder", "self"): 1}
+    measured = {place: _geometry(layers, tokens.get(place, 2), where) for place, layers in seen.items()}
+    own, cross = measured["decoder", "self"], measured["decoder", "cross"]
+    if own != cross:
+        expected, found = "cross-attention of the shape of the decoder's self-attention", "another"
+        raise BackboneError(where, expected=expected, found=f"{model.config.model_type}: {found}")
+    return {"encoder": measured["encoder", "self"], "decoder": own}
+
+
+def _refuse_unreached(model: PreTrainedModel, seen: Mapping[Place, list[Seen]], where: str) -> None:
+    # What has a direction to look in is attention: each such module must have been reached once, as what it is.
+    modules = sum(hasattr(module, "is_causal") for module in model.modules())
+    reached = {id(layer.module) for layers in seen.values() for layer in layers}
+    layers = {".".join(place): len(found) for place, found in seen.items()}
+    if not modules == len(reached) == sum(layers.values()) or layers["decoder.self"] != layers["decoder.cross"]:
+        told = ", ".join(f"{place} in {count} layers" for place, count in layers.items())
+        expected = f"a prefix to reach all {modules} attention modules"
+        raise BackboneError(where, expected=expected, found=f"{model.config.model_type}: {told}")
+
+
+def _geometry(layers: list[Seen], tokens: int, where: str) -> tuple[LayerGeometry, ...]:
+    pairs = [(layer.key, layer.value) for layer in layers]
+    for key, value in pairs:
+        if key.ndim != 4 or key.shape[2] != tokens or value.shape[:3] != key.shape[:3]:
+            expected = f"keys and values [1, kv_heads, {tokens}, head_dim] in each layer"
+            raise BackboneError(where, expected=expected, found=f"{tuple(key.shape)} and {tuple(value.shape)}")
+    return tuple(
+        LayerGeometry(kv_heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3]) for key, value in pairs
+    )
