@@ -46,11 +46,11 @@ class EncoderDecoder(Backbone):
         return self.context_length
 
     def room_for_text(self, length: int) -> int | None:
-        """The whole context, for source and target alike: prefixes take no positions."""
+        """The whole context: prefixes take no positions. A task's limit counts source and target together."""
         return self.context_length
 
     def room_behind(self, prefix: Injection | None) -> int | None:
-        """The whole context, for source and target alike: prefixes take no positions."""
+        """The whole context, as of `room_for_text`."""
         return self.context_length
 
     def refuse_unplaceable(self, received: Injection) -> None:

@@ -102,10 +102,10 @@ def export_onnx(
         InputError: options, files or a folder that cannot be used.
     """
     _check_options(dtype, baked, weights, prefix)
+    loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
+    _refuse_encoder(loaded)
     stages = _Progress(progress)
     with stages.stage("loading"):
-        loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
-        _refuse_encoder(loaded)
         decoder = _decoder(backbone, dtype)
         loaded = _fitting(loaded, decoder, allow_mismatch)
         injection = key_value_prefix(loaded) if loaded is not None else None

@@ -14,7 +14,7 @@ from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, Positions
 from prefixkit.injections import KeyValuePrefix
 from tests.architectures import CONFIGS, VOCAB, WINDOW, tiny
-from tests.ragged import alone, padded, prompts, random_prefix
+from tests.ragged import alone, greedy, padded, prompts, random_prefix
 
 TOLERANCE = 1e-5
 EFFECT = 0.1
@@ -138,6 +138,17 @@ def test_writing_ends_with_the_context_whatever_the_neighbours_do(family: str, n
 def test_without_a_stop_token_writing_goes_on_to_its_limit() -> None:
     decoder = wrap(tiny("gpt2"))
     assert [len(row) for row in decoder.generate([[5], [6, 7]], stop=[], max_new_tokens=9)] == [9, 9]
+
+
+def test_a_checkpoints_own_generation_settings_change_nothing() -> None:
+    """Instruction-tuned checkpoints carry penalties and sampling, which transformers fills in unasked."""
+    decoder = wrap(tiny("llama"))
+    row, prefix = prompts()[0], random_prefix(decoder.model)
+    expected = greedy(decoder.model, row, prefix, 8)[0].tolist()
+    habits = decoder.model.generation_config
+    habits.update(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=expected, forced_eos_token_id=7)
+    assert decoder.generate([row.tolist()], prefix, stop=[], max_new_tokens=8) == [expected]
+    assert decoder.model.generation_config is habits
 
 
 def test_prompt_that_fills_the_context_is_refused() -> None:

@@ -174,7 +174,7 @@ def test_geometry_is_measured_for_each_stack() -> None:
 def test_attention_that_is_not_reached_or_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("t5")
     model.get_decoder().block[1].layer[1].EncDecAttention.is_causal = True
-    with pytest.raises(BackboneError, match=r"reach all 6 attention modules; found t5: decoder\\.self in 3 layers"):
+    with pytest.raises(BackboneError, match=r"reach all 6 attention modules; found t5: decoder\.self in 3 layers"):
         measure_stacks(model, "tiny")
     wide = tiny("t5")
     for block in wide.get_decoder().block:
