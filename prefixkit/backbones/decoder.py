@@ -124,8 +124,10 @@ class Decoder(Backbone):
             raise BackboneError("initialisation text", expected="at least one token", found="none")
         refuse_swallowed(self.geometry, len(token_ids), self.identity.family)
         cache = DynamicCache()
-        with self.injected(None) as model:
-            model(input_ids=torch.tensor([token_ids], device=self.device), past_key_values=cache, use_cache=True)
+        tokens = torch.tensor([token_ids], device=self.device)
+        # Nobody reads the logits: of a long text they would be larger than everything else together.
+        with self.injected(None) as model, self._logits_only_at(_last(tokens)):
+            model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return KeyValuePrefix(
             keys=tuple(layer.keys[0].clone() for layer in cache.layers),
             values=tuple(layer.values[0].clone() for layer in cache.layers),
@@ -193,3 +195,10 @@ class Decoder(Backbone):
             )
         continuations: list[list[int]] = written[:, width:].tolist()
         return continuations
+
+
+def _last(tokens: Tensor) -> Tensor:
+    """[batch, seq]: True at the end of each row."""
+    chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    chosen[:, -1] = True
+    return chosen

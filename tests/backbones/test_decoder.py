@@ -77,6 +77,13 @@ def test_keys_and_values_of_a_text_equal_the_text_in_the_context(family: str) ->
     assert (found - without).abs().max() > EFFECT
 
 
+def test_reading_a_text_computes_the_logits_of_one_position() -> None:
+    decoder, seen = wrap(tiny("llama")), []
+    decoder.model.get_output_embeddings().register_forward_hook(lambda _, given, made: seen.append(made.shape))
+    decoder.key_values_of(prompts()[1].tolist())
+    assert seen == [(1, 1, VOCAB)]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_logits_at_chosen_positions_are_the_same_logits(family: str) -> None:
     decoder = wrap(tiny(family))
