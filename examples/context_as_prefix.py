@@ -5,16 +5,14 @@ import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
-from prefixkit import Session, export_onnx, save
+from prefixkit import Session, capture, export_onnx, save
 from prefixkit.quickstart import BACKBONE, E2E
-from prefixkit.training.capture import capture
 
 
 def main(shots: int = 4) -> None:
     folder = Path(mkdtemp())
     rows = [json.loads(line) for line in (E2E / "test.jsonl").read_text().splitlines()[: shots + 1]]
-    context = folder / "context.txt"
-    context.write_text("".join(f" {row['input']} => {row['target'][0]}\n" for row in rows[:shots]))
+    context = "".join(f" {row['input']} => {row['target'][0]}\n" for row in rows[:shots])
 
     prefix = save(capture(BACKBONE, context), folder / "context.safetensors")
     print(prefix.manifest.injections[0].length, "tokens are read once, and never again")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prefixkit.prefix import load as load
     from prefixkit.prefix import save as save
     from prefixkit.serving.session import Session as Session
+    from prefixkit.training.capture import capture as capture
     from prefixkit.training.config import TrainConfig as TrainConfig
     from prefixkit.training.loop import train as train
 
@@ -35,6 +36,7 @@ _HOME = {
     "PromptTuning": "prefixkit.methods.prompt_tuning",
     "TrainConfig": "prefixkit.training.config",
     "train": "prefixkit.training.loop",
+    "capture": "prefixkit.training.capture",
     "export_onnx": "prefixkit.export.onnx",
     "snapshot": "prefixkit.backbones.snapshot",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "Session",
     "TrainConfig",
     "attach",
+    "capture",
     "detach",
     "export_onnx",
     "load",

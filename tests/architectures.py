@@ -99,10 +99,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def tiny(family: str, seed: int = 0) -> PreTrainedModel:
-    """A two-layer random model of `family`, in eval mode, float32."""
+def tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A two-layer random model of `family`, in eval mode, float32; `changes` go into its configuration."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
+    config.update(changes)
     implementation = "eager" if family in ("gemma2", "bloom") else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():

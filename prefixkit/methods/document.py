@@ -15,14 +15,26 @@ def read_document(path: str | Path) -> str:
         ConfigError: no such file, nothing in it, or another encoding than UTF-8.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(path, expected="a text file", found="no such file", next_step="check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(path, expected="a text file in UTF-8", found=found) from error
+        data = Path(path).read_bytes()
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+        raise ConfigError(path, expected="a text file", found=found, next_step="check the path") from error
+    return document_text(data, path)
+
+
+def document_text(data: bytes, where: str | Path) -> str:
+    """The text that `data` holds, the same whether its lines end as on Windows or not, with a byte order mark or none.
+
+    Raises:
+        ConfigError: no text, or another encoding than UTF-8; placed at `where`.
+    """
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        found, step = f"byte 0x{data[error.start]:02x} at {error.start}", "save it as text in UTF-8"
+        raise ConfigError(where, expected="a text in UTF-8", found=found, next_step=step) from error
     if not text.strip():
-        raise ConfigError(path, expected="some text", found="none", next_step="write the text into it")
+        raise ConfigError(where, expected="some text", found="none", next_step="write the text into it")
     return text
 
 

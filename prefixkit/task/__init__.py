@@ -1,7 +1,7 @@
 """What a prefix was trained to read and write, in code: every prompt is encoded here, in training and in serving.
 
-`load_tokenizer` reads a model folder, `load_task` finds a ready-made task or a TOML file, `encode_prompt` and
-`encode_target` turn text into the ids that `prefixkit.format.manifest.TaskRecord` promises.
+`load_tokenizer` reads a model folder, `load_task` finds a ready-made task or a TOML file, `encode_prompt`,
+`encode_target` and `encode_context` turn text into the ids that `prefixkit.format.manifest.TaskRecord` promises.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from prefixkit.task.catalogue import load_task as load_task
 from prefixkit.task.chat import chat_template_hash as chat_template_hash
 from prefixkit.task.chat import render_chat as render_chat
+from prefixkit.task.context import encode_context as encode_context
 from prefixkit.task.encode import Fields as Fields
 from prefixkit.task.encode import check_task as check_task
 from prefixkit.task.encode import decode_target as decode_target

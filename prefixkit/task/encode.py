@@ -39,7 +39,7 @@ def fit_prompt(
     task: TaskRecord, tokenizer: ModelTokenizer, fields: Fields, *, room: int = 0, where: str = "prompt"
 ) -> tuple[list[int], int]:
     """What `encode_prompt` gives, and how many tokens the input lost for it."""
-    head = [_bos_id(task, tokenizer)] if task.bos == "after" else []
+    head = [bos_id(task, tokenizer)] if task.bos == "after" else []
     body = _conversation(task, tokenizer, fields, where) if is_chat(task) else _input(task, tokenizer, fields, where)
     separator = tokenizer.encode_marked([(task.separator, True)])
     allowed = task.max_length - room - len(head) - len(separator)
@@ -91,7 +91,7 @@ def check_task(task: TaskRecord, tokenizer: ModelTokenizer) -> None:
         found, step = repr(task.target_template), "write {target} once in target_template"
         raise ConfigError(f"task {task.name}", expected="the one field {target}", found=found, next_step=step)
     if task.bos == "after":
-        _bos_id(task, tokenizer)
+        bos_id(task, tokenizer)
     if tokenizer.bos and task.input_template.startswith(tokenizer.bos):
         raise ConfigError(
             f"task {task.name}",
@@ -128,7 +128,8 @@ def _conversation(task: TaskRecord, tokenizer: ModelTokenizer, fields: Fields, w
     return tokenizer.encode_rendered(rendered.removeprefix(tokenizer.bos or ""))
 
 
-def _bos_id(task: TaskRecord, tokenizer: ModelTokenizer) -> int:
+def bos_id(task: TaskRecord, tokenizer: ModelTokenizer) -> int:
+    """The BOS that `task` speaks of. Raises ConfigError where the tokenizer has none."""
     if tokenizer.bos_id is None:
         raise ConfigError(
             f"task {task.name}",

@@ -18,14 +18,15 @@ def check_output(output: str | Path, reads: Iterable[Path], backbone: str) -> No
             place inside the backbone's folder.
     """
     path = Path(output)
-    if path.is_dir():
+    # os.path answers False where pathlib raises, as for a sentence in the place of a file name.
+    if os.path.isdir(path):
         raise ConfigError(path, expected="the path of a file", found="a folder", next_step="add a file name")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if os.path.exists(path) and not stat.S_ISREG(path.stat().st_mode):
         raise ConfigError(path, expected="the path of a file", found="a device", next_step="choose another name")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ConfigError(path, expected="an existing folder", found=f"no {path.parent}", next_step="create it first")
     for given in reads:
-        if path.exists() and given.exists() and path.samefile(given):
+        if os.path.exists(path) and os.path.exists(given) and path.samefile(given):
             raise ConfigError(
                 path, expected="a new file", found="an input of this run", next_step="choose another name"
             )
