@@ -151,7 +151,8 @@ def injection(prefix: Prefix) -> Injection:
     """
     records, stacks = prefix.manifest.injections, prefix.manifest.backbone.stacks
     if stacks.keys() == {"encoder", "decoder"} and all(record.kind == "key_value_prefix" for record in records):
-        return KeyValuePrefixes(parts=tuple(_stored_prefix(prefix, record) for record in records))
+        places = ((record.stack or "", record.attention or "") for record in records)
+        return KeyValuePrefixes(parts=tuple(_stored_prefix(prefix, *place) for place in places))
     if len(records) == 1 and records[0].kind == "key_value_prefix":
         return key_value_prefix(prefix)
     if len(records) == 1 and (records[0].kind, records[0].placement) == ("embedding_prompt", "prepend"):
@@ -178,25 +179,22 @@ def key_value_prefix(prefix: Prefix) -> KeyValuePrefix:
     Raises:
         InputError: it has none.
     """
-    key_values(prefix)
-    place = ("key_value_prefix", "decoder", "self")
-    found = (record for record in prefix.manifest.injections if (record.kind, record.stack, record.attention) == place)
-    return _stored_prefix(prefix, next(found))
+    return _stored_prefix(prefix, "decoder", "self")
 
 
-def _stored_prefix(prefix: Prefix, record: InjectionRecord) -> KeyValuePrefix:
+def _stored_prefix(prefix: Prefix, stack: str, attention: str) -> KeyValuePrefix:
+    pairs = [(_tensor(key), _tensor(value)) for key, value in key_values(prefix, stack=stack, attention=attention)]
+    place = ("key_value_prefix", stack, attention)
+    records = prefix.manifest.injections
+    record = next(record for record in records if (record.kind, record.stack, record.attention) == place)
     assert record.positions is not None
-    assert record.stack is not None
-    assert record.attention is not None
-    stored = key_values(prefix, stack=record.stack, attention=record.attention)
-    pairs = [(_tensor(key), _tensor(value)) for key, value in stored]
     return KeyValuePrefix(
         keys=tuple(key for key, _ in pairs),
         values=tuple(value for _, value in pairs),
         positions=record.positions,
         frozen_slots=record.frozen_slots or 0,
-        stack=record.stack,
-        attention=record.attention,
+        stack=stack,
+        attention=attention,
     )
 
 

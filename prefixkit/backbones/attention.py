@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefixkit.backbones.geometry import evaluating, one_input
 from prefixkit.errors import BackboneError
+from prefixkit.format.manifest import LayerGeometry
 
 KEYWORD = "prefixkit_injected"
 """The keyword argument of a decoder's forward pass that holds an `Injected`."""
@@ -68,6 +69,12 @@ class Seen:
     value: Tensor
     window: int | None
 
+    @property
+    def geometry(self) -> LayerGeometry:
+        """The shape of its keys and values."""
+        heads, key_dim, value_dim = self.key.shape[1], self.key.shape[3], self.value.shape[3]
+        return LayerGeometry(kv_heads=heads, key_dim=key_dim, value_dim=value_dim)
+
 
 def implementation(model: PreTrainedModel) -> str:
     """The name of the attention implementation of `model`.
@@ -98,18 +105,18 @@ def route(model: PreTrainedModel) -> str:
 
 
 def install(model: PreTrainedModel) -> str:
-    """`route` for a decoder, checked.
+    """`route` for a decoder or an encoder, checked, its layers numbered.
 
     Raises:
         BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected.
     """
     previous, layers = route(model), model.config.num_hidden_layers
     seen = _look(model, one_input(model))
-    if len(seen) != layers or len({id(layer.module) for layer in seen}) != layers:
+    reached = len({id(layer.module) for layer in seen})
+    if not len(seen) == reached == layers:
         model.set_attn_implementation(previous)
         expected = f"a prefix to reach the attention of all {layers} layers"
-        found = f"{len({id(layer.module) for layer in seen})}"
-        raise BackboneError(model.config.model_type, expected=expected, found=found)
+        raise BackboneError(model.config.model_type, expected=expected, found=f"{reached}")
     number(seen)
     return previous
 
@@ -134,8 +141,7 @@ def look(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
     Raises:
         BackboneError: an implementation that cannot be given a prefix.
     """
-    previous = implementation(model)
-    model.set_attn_implementation(_NAME.format(previous))
+    previous = route(model)
     try:
         return _look(model, inputs)
     finally:

@@ -20,14 +20,7 @@ def measure_encoder(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     Raises:
         BackboneError: attention outside the registry of `transformers`, in windows, or shared by layers.
     """
-    where = model.config.model_type
-    _refuse_outside(model)
-    seen = look(model, one_input(model))
-    _refuse_windows(seen, where)
-    return tuple(
-        LayerGeometry(kv_heads=layer.key.shape[1], key_dim=layer.key.shape[3], value_dim=layer.value.shape[3])
-        for layer in seen
-    )
+    return tuple(layer.geometry for layer in _seen(model, one_input(model)))
 
 
 def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offset: bool = True) -> KeyValuePrefix:
@@ -42,9 +35,7 @@ def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offse
     Raises:
         BackboneError: attention outside the registry of `transformers`, or in windows.
     """
-    _refuse_outside(model)
-    seen = look(model, inputs)
-    _refuse_windows(seen, model.config.model_type)
+    seen = _seen(model, inputs)
     length = seen[0].key.shape[2]
     return KeyValuePrefix(
         keys=tuple(layer.key[0].detach().clone() for layer in seen),
@@ -52,6 +43,13 @@ def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offse
         positions=Positions(text_start=length if offset else 0, prefix_takes_positions=offset),
         stack="encoder",
     )
+
+
+def _seen(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
+    _refuse_outside(model)
+    seen = look(model, inputs)
+    _refuse_windows(seen, model.config.model_type)
+    return seen
 
 
 def _refuse_outside(model: PreTrainedModel) -> None:

@@ -30,6 +30,9 @@ Place = tuple[str, str]
 class Stacks:
     """Hooks on the encoder and the decoder of a model. They hand each attention what it receives.
 
+    Attributes:
+        probed: what the layers of each attention saw of two tokens read and one written.
+
     Raises:
         BackboneError: the model's attention implementation cannot be given a prefix.
     """
@@ -42,9 +45,11 @@ class Stacks:
             stack.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
             for name, stack in stacks.items()
         ]
+        token = one_token(model)
         with evaluating(model):
-            for seen in self.look(one_token(model).expand(1, 2), one_token(model)).values():
-                number(seen)
+            self.probed = self.look(token.expand(1, 2), token)
+        for seen in self.probed.values():
+            number(seen)
 
     def remove(self) -> None:
         """Take the hooks off; the model is as it was."""
@@ -84,12 +89,9 @@ def measure_stacks(model: PreTrainedModel, where: str) -> dict[str, tuple[LayerG
         BackboneError: attention that what is injected does not reach, layers whose keys and values are not one a token
             and head, or cross-attention of another shape than the decoder's self-attention, which no file could state.
     """
-    stacks, token = Stacks(model), one_token(model)
-    try:
-        with evaluating(model):
-            seen = stacks.look(token.expand(1, 2), token)
-    finally:
-        stacks.remove()
+    stacks = Stacks(model)
+    stacks.remove()
+    seen = stacks.probed
     _refuse_unreached(model, seen, where)
     tokens = {("decoder", "self"): 1}
     measured = {place: _geometry(layers, tokens.get(place, 2), where) for place, layers in seen.items()}
@@ -112,11 +114,8 @@ def _refuse_unreached(model: PreTrainedModel, seen: Mapping[Place, list[Seen]], 
 
 
 def _geometry(layers: list[Seen], tokens: int, where: str) -> tuple[LayerGeometry, ...]:
-    pairs = [(layer.key, layer.value) for layer in layers]
-    for key, value in pairs:
+    for key, value in ((layer.key, layer.value) for layer in layers):
         if key.ndim != 4 or key.shape[2] != tokens or value.shape[:3] != key.shape[:3]:
             expected = f"keys and values [1, kv_heads, {tokens}, head_dim] in each layer"
             raise BackboneError(where, expected=expected, found=f"{tuple(key.shape)} and {tuple(value.shape)}")
-    return tuple(
-        LayerGeometry(kv_heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3]) for key, value in pairs
-    )
+    return tuple(layer.geometry for layer in layers)

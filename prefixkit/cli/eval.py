@@ -39,6 +39,7 @@ def evaluate(
 
     A task with a verbalizer is scored by accuracy and F1 of the labels that the model chooses.
     """
+    from prefixkit.cli.jsonl import write_jsonl
     from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.data.batches import encode_examples
     from prefixkit.data.readers import read_examples
@@ -65,7 +66,7 @@ def evaluate(
     encoded = encode_examples(task, tokenizer, examples)
     losses = [mean_loss(model, encoded, one, batch_size) for one in received]
     if output is not None:
-        _write(output, records)
+        write_jsonl(output, records)
     _print({"loss": sum(losses) / len(losses), **metrics}, len(groups), len(examples), as_json)
 
 
@@ -141,13 +142,6 @@ def required_task(where: Path, task: Any) -> Any:
     if task is None:
         raise ConfigError(where, expected="a usage contract (task)", found="none", next_step="train a prefix with one")
     return task
-
-
-def _write(path: Path, records: list[Any]) -> None:
-    from prefixkit.format.atomic import write_bytes
-
-    lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _print(metrics: dict[str, float], inputs: int, references: int, as_json: bool) -> None:

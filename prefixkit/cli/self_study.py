@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +27,8 @@ def self_study(
 ) -> None:
     """Let the backbone ask and answer about a document, for `train --method cartridge --task continuation`."""
     from prefixkit.backbones.load import load_decoder
+    from prefixkit.cli.jsonl import write_jsonl
     from prefixkit.cli.training_display import progress_of, quiet_transformers
-    from prefixkit.format.atomic import write_bytes
     from prefixkit.methods.document import read_document
     from prefixkit.task import load_tokenizer
     from prefixkit.training import self_study as study
@@ -51,7 +50,7 @@ def self_study(
             batch_size=batch_size,
             done=done,
         )
-    write_bytes(output, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    write_jsonl(output, records)
     typer.echo(f"wrote {output} ({len(records)} conversations)")
     options = f"--task continuation --set method.document={document} --data {output}"
     typer.echo(f"next: prefixkit train --method cartridge {options} …")

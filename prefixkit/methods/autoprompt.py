@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import start
+from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material, Method
 from prefixkit.settings import at_least, check_types
 
@@ -126,7 +127,7 @@ def make(settings: Settings, material: Material) -> AutoPrompt:
 def _start(settings: Settings, material: Material) -> list[int]:
     match settings.init.partition(":"):
         case "text", _, words:
-            return start.repeated(start.words(material, words), settings.length)
+            return repeated(start.words(material, words), settings.length)
         case "random", "", _:
             generator = torch.Generator().manual_seed(material.seed)
             allowed = sorted(set(range(material.backbone.vocabulary.shape[0])) - set(material.special_ids))

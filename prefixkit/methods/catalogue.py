@@ -85,4 +85,4 @@ TRAINED = tuple(entry.name for entry in METHODS.values() if entry.command == "tr
 
 def method_file(name: str) -> MethodFile:
     """The module of the method called `name`, one of `TRAINED`."""
-    return cast("MethodFile", import_module(f"prefixkit.methods.{METHODS[name].name.replace('-', '_')}"))
+    return cast("MethodFile", import_module(f"prefixkit.methods.{name.replace('-', '_')}"))

@@ -41,16 +41,24 @@ def each(start: KeysAndValues, change: Callable[[KeyValuePrefix], KeyValuePrefix
     return change(start)
 
 
+def repeated(tokens: Sequence[int], length: int) -> list[int]:
+    """`tokens` repeated or cut to `length`.
+
+    Raises:
+        ConfigError: no tokens.
+    """
+    if not tokens:
+        raise ConfigError("--init text", expected="a text of at least one token", found="none")
+    return (list(tokens) * (length // len(tokens) + 1))[:length]
+
+
 def from_text(source: KeyValueSource, token_ids: Sequence[int], length: int) -> KeysAndValues:
     """The keys and values of `token_ids`, repeated or cut to `length` slots.
 
     Raises:
         ConfigError: an empty text.
     """
-    if not token_ids:
-        raise ConfigError("--init text", expected="a text of at least one token", found="none")
-    repeated = list(token_ids) * (length // len(token_ids) + 1)
-    return source.key_values_of(repeated[:length])
+    return source.key_values_of(repeated(token_ids, length))
 
 
 def random_like(source: KeyValueSource, token_ids: Sequence[int], length: int, seed: int) -> KeysAndValues:

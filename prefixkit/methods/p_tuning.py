@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixkit.methods import start
+from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material
 from prefixkit.methods.prompt_tuning import PromptTuning
 from prefixkit.settings import at_least, check_types, one_of
@@ -93,6 +94,6 @@ def _start(settings: Settings, material: Material) -> Tensor:
         case "random", "", _:
             return torch.zeros(settings.length, material.backbone.hidden_size)
         case "text", _, words:
-            tokens = start.repeated(start.words(material, words), settings.length)
+            tokens = repeated(start.words(material, words), settings.length)
             return material.backbone.vocabulary[tokens].float().cpu()
     raise start.unknown(settings.name, settings.init)

@@ -22,6 +22,7 @@ from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import prompt_initialization as initialization
 from prefixkit.methods import start
+from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material, Method
 from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct, Steps
 from prefixkit.settings import at_least, check_types, one_of
@@ -110,7 +111,7 @@ def _start(settings: Settings, material: Material) -> Tensor:
     backbone, length, seed = material.backbone, settings.length, material.seed
     match settings.init.partition(":"):
         case "text", _, words:
-            return backbone.vocabulary[start.repeated(start.words(material, words), length)].float().cpu()
+            return backbone.vocabulary[repeated(start.words(material, words), length)].float().cpu()
         case "vocabulary", "", _:
             return initialization.sampled(backbone.vocabulary, length, seed)
         case "labels", "", _:

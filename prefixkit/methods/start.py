@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 from prefixkit.errors import ConfigError
@@ -17,17 +16,6 @@ def words(material: Material, given: str) -> list[int]:
     """The tokens of the words that a user gave, or else of the training data, behind the BOS that the task promises."""
     tokens = material.tokenize(given) if given else material.words
     return [*([material.bos_id] if material.bos_id is not None else []), *tokens]
-
-
-def repeated(tokens: Sequence[int], length: int) -> list[int]:
-    """`tokens` repeated or cut to `length`.
-
-    Raises:
-        ConfigError: no tokens.
-    """
-    if not tokens:
-        raise ConfigError("--init text", expected="a text of at least one token", found="none")
-    return (list(tokens) * (length // len(tokens) + 1))[:length]
 
 
 def from_parent(material: Material, file: str, length: int, kind: type[Kind]) -> Kind:
