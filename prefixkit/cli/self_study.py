@@ -32,9 +32,11 @@ def self_study(
     from prefixkit.methods.document import read_document
     from prefixkit.task import load_tokenizer
     from prefixkit.training import self_study as study
+    from prefixkit.training.output import check_output
     from prefixkit.training.preparation import device as chosen
 
     quiet_transformers()
+    check_output(output, [document], backbone)
     text = read_document(document)
     model = load_decoder(backbone, device=chosen(device), dtype=dtype)
     tokenizer = load_tokenizer(model.folder)

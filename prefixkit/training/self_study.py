@@ -12,6 +12,7 @@ from random import Random
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.errors import ConfigError
+from prefixkit.methods.document import refuse_overlong
 from prefixkit.task import ModelTokenizer
 
 
@@ -35,12 +36,14 @@ def self_study(
         done: hears how many conversations there are, after each batch.
 
     Raises:
-        ConfigError: a document without a line of two words.
-        BackboneError: one that the context does not hold.
+        ConfigError: a document without a line of two words, or one that the context does not hold.
+        BackboneError: a question that leaves no token of the context.
     """
     questions = _questions(document, count, Random(seed))
     begun = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    knowing = backbone.key_values_of([*begun, *tokenizer.encode_text(document)])
+    tokens = [*begun, *tokenizer.encode_text(document)]
+    refuse_overlong("document", tokens, backbone.longest_text)
+    knowing = backbone.key_values_of(tokens)
     stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     answers: list[str] = []
     for start in range(0, count, batch_size):

@@ -70,3 +70,24 @@ def test_a_document_without_lines_is_refused(backbone_folder: Folder, tmp_path: 
     assert study(backbone_folder("gpt2"), tmp_path / "empty.txt", tmp_path / "out") == 2
     assert "document: expected a line of two words or more; found none" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_studied_is_one_line(
+    backbone_folder: Folder, document: Path, tmp_path: Path, capfd: Out
+) -> None:
+    (tmp_path / "long.txt").write_text("the blue river\n" * 60)
+    for text, output, message in (
+        (
+            tmp_path / "long.txt",
+            tmp_path / "out",
+            "expected a text of fewer than 128 tokens, which the backbone can read",
+        ),
+        (document, document, "expected a new file; found an input of this run; choose another name"),
+        (document, tmp_path / "none" / "out", "expected an existing folder"),
+    ):
+        assert study(backbone_folder("gpt2"), text, output) == 2
+        told = capfd.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert document.read_text() == DOCUMENT
