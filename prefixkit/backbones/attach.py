@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uninstall, uses_registry
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
-from prefixkit.backbones.encoder import measure_encoder
+from prefixkit.backbones.encoder_layers import measure_encoder
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import is_encoder, measure, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from prefixkit.backbones.deltas import biases, normalizations
+from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
 
@@ -22,18 +24,21 @@ class Backbone(ABC):
     """A model with frozen weights.
 
     Attributes:
-        kind: as `prefixkit methods` names it.
         paired: whether prompt and target are two sequences, one for each stack, or one that goes on.
         model: the `transformers` model, in eval mode, without gradients.
         folder: where it was loaded from.
         identity: what a prefix file says of it.
     """
 
-    kind: ClassVar[str]
     paired: ClassVar[bool]
     model: PreTrainedModel
     folder: Path
     identity: BackboneIdentity
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind: `decoder`, `encoder`, `encoder-decoder` or `vision`."""
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +64,26 @@ class Backbone(ABC):
         return vectors.detach()
 
     @property
+    def layers(self) -> int:
+        """The layers of the stack that reads: the encoder's, or those of a decoder alone."""
+        stacks = self.identity.stacks
+        return len(stacks.get("encoder", stacks.get("decoder", ())))
+
+    @property
+    def patch_numbers(self) -> int:
+        """How many numbers a patch of an image is made of. Raises BackboneError where there are no images."""
+        raise BackboneError(self.identity.family, expected="an encoder of images", found=f"an {self.kind}")
+
+    def parameter_shapes(self, which: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of its parameters of a kind, by the names that a prefix file gives them.
+
+        Args:
+            which: `bias`, or `layernorm` for the scales and biases of every normalisation.
+        """
+        chosen = biases(self.model) if which == "bias" else normalizations(self.model)
+        return {name: tuple(weight.shape) for name, weight in chosen.items()}
+
+    @property
     @abstractmethod
     def longest_text(self) -> int | None:
         """Tokens that `key_values_of` takes at most; None without a limit."""
@@ -80,8 +105,16 @@ class Backbone(ABC):
         """Raise BackboneError for a prefix whose text the model cannot place where it should start."""
 
     @abstractmethod
-    def fold(self, received: Injection) -> KeyValuePrefix | KeyValuePrefixes:
-        """`received` as keys and values."""
+    def fold(self, received: Injection) -> Injection:
+        """`received` with keys and values in the place of whatever has its own, for the same result."""
+
+    @abstractmethod
+    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+        """The final states [batch, seq, hidden] of the input's own tokens, after the last normalisation.
+
+        Args:
+            inputs: `input_ids` and `attention_mask` [batch, seq], or `pixel_values` [batch, channels, height, width].
+        """
 
     @abstractmethod
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix | KeyValuePrefixes:

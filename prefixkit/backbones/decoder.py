@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +15,23 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefixkit.backbones.attach import Attachment, FixedPrefix
 from prefixkit.backbones.backbone import Backbone, without_habits
+from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry, Positions
-from prefixkit.injections import Injection, KeyValuePrefix
+from prefixkit.injections import (
+    Injection,
+    KeyValuePrefix,
+    One,
+    ParameterDelta,
+    TaskHead,
+    joined,
+    part_of,
+    parts_of,
+    positions_of,
+)
 
 
 @dataclass
@@ -31,7 +42,7 @@ class Decoder(Backbone):
         geometry: the shape of each layer's keys and values.
     """
 
-    kind: ClassVar[str] = "decoder"
+    kind = "decoder"
     paired: ClassVar[bool] = False
     geometry: tuple[LayerGeometry, ...]
 
@@ -46,9 +57,17 @@ class Decoder(Backbone):
         limits = windows if self.context_length is None else [*windows, self.context_length]
         return min(limits, default=None)
 
-    def fold(self, received: Injection) -> KeyValuePrefix:
-        """`received` as keys and values; see `prefixkit.backbones.folding`."""
-        return fold(self.model, received)
+    def fold(self, received: Injection) -> Injection:
+        """`received` with keys and values in the place of a prompt; see `prefixkit.backbones.folding`."""
+        with changed(self.model, received):
+            return joined(tuple(self._folded(part) for part in parts_of(received)))
+
+    def _folded(self, part: One) -> One:
+        return part if isinstance(part, (ParameterDelta, TaskHead)) else fold(self.model, part)
+
+    def key_values(self, received: Injection | None) -> KeyValuePrefix | None:
+        """The keys and values of `received`; None where it has none."""
+        return None if received is None else part_of(self.fold(received), KeyValuePrefix)
 
     def room_for_text(self, length: int) -> int | None:
         """How many tokens of text the context has behind a prefix of `length` slots; None where it has no end.
@@ -61,19 +80,21 @@ class Decoder(Backbone):
 
     def room_behind(self, prefix: Injection | None) -> int | None:
         """How many tokens of text the context has behind `prefix`; None where it has no end."""
-        start = prefix.positions.text_start if prefix is not None else 0
-        return None if self.context_length is None else self.context_length - start
+        return None if self.context_length is None else self.context_length - positions_of(prefix).text_start
 
     def refuse_unplaceable(self, received: Injection) -> None:
         """Refuse text that the model cannot place where it should start; see `prefixkit.backbones.positions`."""
-        refuse_unplaceable(self.model, received.positions, received.length)
+        if received.length:
+            refuse_unplaceable(self.model, positions_of(received), received.length)
 
     @contextmanager
     def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:
         """The model with `prefix` in it for the length of a `with` block."""
-        self._attachment.method = None if prefix is None else FixedPrefix(self.fold(prefix))
+        made = self.key_values(prefix)
+        self._attachment.method = None if made is None else FixedPrefix(made)
         try:
-            yield self.model
+            with changed(self.model, prefix):
+                yield self.model
         finally:
             self._attachment.method = None
 
@@ -94,6 +115,12 @@ class Decoder(Backbone):
         with self.injected(prefix) as model:
             logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
+
+    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+        """The final states [batch, seq, hidden] of `input_ids` [batch, seq], each row as if it were alone."""
+        with self.injected(received) as model:
+            states: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return states
 
     def logits_where(
         self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Injection | None = None

@@ -1,70 +1,238 @@
-"""Encoders that are given a prefix: what their attention looks like, and the keys and values of a real input."""
+"""A frozen encoder of text: it reads the input as a whole, in both directions, and writes none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attention import Seen, look, uses_registry
-from prefixkit.backbones.geometry import one_input
-from prefixkit.errors import BackboneError
-from prefixkit.format.manifest import LayerGeometry, Positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.backbones.attach import Attachment, FixedPrefix
+from prefixkit.backbones.backbone import Backbone
+from prefixkit.backbones.deltas import changed
+from prefixkit.backbones.encoder_layers import key_values_in
+from prefixkit.backbones.hidden import added, fold_hidden
+from prefixkit.backbones.positions import first_position, refuse_unplaceable
+from prefixkit.errors import BackboneError, MismatchError
+from prefixkit.format.manifest import LayerGeometry
+from prefixkit.injections import (
+    EmbeddingPrompt,
+    HiddenPrompt,
+    Injection,
+    KeyValuePrefix,
+    One,
+    joined,
+    part_of,
+    parts_of,
+    positions_of,
+)
+from prefixkit.task import load_tokenizer
+
+SLOT = -1
+"""The id in a text's tokens that stands for a slot of a prompt."""
 
 
-def measure_encoder(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
-    """The shape of every layer's keys and values, read off the layers at work.
+@dataclass
+class Encoder(Backbone):
+    """An encoder with frozen weights, with its masked language model's head where the folder has one.
 
-    Raises:
-        BackboneError: attention outside the registry of `transformers`, in windows, or shared by layers.
+    A prompt in front of the text, or in slots of it, passes through the layers with the text, which it sees: it has no
+    keys and values of its own. A hidden prompt whose rows begin anew in every layer has, and is folded.
+
+    Attributes:
+        geometry: the shape of each layer's keys and values.
     """
-    return tuple(layer.geometry for layer in _seen(model, one_input(model)))
+
+    kind = "encoder"
+    paired: ClassVar[bool] = False
+    geometry: tuple[LayerGeometry, ...]
+
+    @cached_property
+    def _attachment(self) -> Attachment:
+        return Attachment(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that text can stand at; RoBERTa leaves its first ones to padding."""
+        length = self.identity.context_length
+        return None if length is None else length - first_position(self.model)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that `key_values_of` takes at most."""
+        return self.context_length
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has a language model's head, which tells words for masked ones."""
+        return self.model.get_output_embeddings() is not None
+
+    def room_for_text(self, length: int) -> int | None:
+        """How many tokens of text the context has behind a prompt of `length` vectors."""
+        return None if self.context_length is None else self.context_length - length
+
+    def room_behind(self, prefix: Injection | None) -> int | None:
+        """How many tokens of text the context has behind `prefix`."""
+        return None if self.context_length is None else self.context_length - positions_of(prefix).text_start
+
+    def refuse_unplaceable(self, received: Injection) -> None:
+        """Refuse text positions that the model cannot give; see `prefixkit.backbones.positions`."""
+        if received.length:
+            refuse_unplaceable(self.model, positions_of(received), received.length)
+        self.fold(received)
+
+    def fold(self, received: Injection) -> Injection:
+        """`received` with keys and values in the place of a hidden prompt of rows of its own."""
+        assert self._attachment is not None
+        with changed(self.model, received):
+            return joined(tuple(self._folded(part) for part in parts_of(received)))
+
+    def _folded(self, part: One) -> One:
+        if isinstance(part, HiddenPrompt) and part.mode == "replace":
+            return fold_hidden(self.model, part)
+        if isinstance(part, KeyValuePrefix) and part.stack != "encoder":
+            found = f"one of a {part.stack}"
+            raise MismatchError(self.identity.family, expected="a prefix of an encoder", found=found)
+        return part
+
+    @contextmanager
+    def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:
+        """The model with the keys, values and deltas of `received` in it, for the length of a `with` block."""
+        folded = None if received is None else self.fold(received)
+        prefix = part_of(folded, KeyValuePrefix)
+        self._attachment.method = None if prefix is None else FixedPrefix(prefix)
+        try:
+            with changed(self.model, received):
+                yield self.model
+        finally:
+            self._attachment.method = None
+
+    def release(self) -> PreTrainedModel:
+        """The model as `transformers` made it, without our hooks."""
+        if "_attachment" in self.__dict__:
+            self._attachment.remove()
+            del self.__dict__["_attachment"]
+        return self.model
+
+    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+        """The final states [batch, seq, hidden] of `input_ids` [batch, seq], padded on the right."""
+        prompt = part_of(received, EmbeddingPrompt)
+        with self._reading(inputs, received) as keywords:
+            states: Tensor = self.model.get_decoder()(**keywords).last_hidden_state
+        return without_rows(states, prompt)
+
+    def target_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+    ) -> Tensor:
+        """The logits [tokens, vocab] at the tokens of `labels` [batch, seq] that are not -100: the masked ones.
+
+        Raises:
+            BackboneError: no head of a masked language model in the folder.
+        """
+        self.refuse_wordless()
+        prompt = part_of(prefix, EmbeddingPrompt)
+        chosen = with_rows(labels != -100, prompt)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with self._reading(inputs, prefix) as keywords, self._logits_only_at(chosen):
+            logits: Tensor = self.model(**keywords).logits
+        return logits[0]
+
+    def refuse_wordless(self) -> None:
+        """Raise BackboneError where there is no masked language model's head."""
+        if not self.writes:
+            expected, step = "the head of a masked language model", "use a task whose answer a head reads"
+            raise BackboneError(self.folder, expected=expected, found="none in its weights", next_step=step)
+
+    @contextmanager
+    def _reading(self, inputs: Mapping[str, Tensor], received: Injection | None) -> Iterator[dict[str, Any]]:
+        """The model with `received` in it, and what to call it with."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        prompt, hidden = part_of(received, EmbeddingPrompt), _adding(received)
+        keywords: dict[str, Any] = {"attention_mask": with_rows(mask, prompt, 1)}
+        keywords |= {name: with_rows(types, prompt) for name, types in self.token_types(ids).items()}
+        keywords |= {"input_ids": ids} if prompt is None else {"inputs_embeds": self._vectors(ids, prompt)}
+        places = None if hidden is None else with_rows(_places(ids, hidden), prompt)
+        with self.injected(received), added(self.model, hidden, places):
+            yield keywords
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """`token_type_ids`, for models that have types: 0 up to the first separator, 1 behind it."""
+        separator = self.separator_id
+        if getattr(self.model.config, "type_vocab_size", 0) < 2 or separator is None:
+            return {}
+        separators = (ids == separator).long()
+        return {"token_type_ids": (separators.cumsum(1) - separators).clamp(max=1)}
+
+    @cached_property
+    def separator_id(self) -> int | None:
+        """The token that its tokenizer puts between two texts."""
+        return load_tokenizer(self.folder).named_id("sep_token")
+
+    def _vectors(self, ids: Tensor, prompt: EmbeddingPrompt) -> Tensor:
+        table = self.model.get_input_embeddings()
+        vectors: Tensor = table(ids.clamp(min=0))
+        if vectors.shape[2] != prompt.embeddings.shape[1]:
+            expected, found = f"prompt vectors of width {vectors.shape[2]}", f"{prompt.embeddings.shape[1]}"
+            step = "use a prefix; models that embed in another width than they think in take no prompts here"
+            raise MismatchError(self.identity.family, expected=expected, found=found, next_step=step)
+        rows = prompt.embeddings.to(vectors).expand(len(ids), -1, -1)
+        match prompt.placement:
+            case "slots":
+                return vectors.index_put((ids == SLOT).nonzero(as_tuple=True), rows.flatten(0, 1))
+            case "after_first":
+                return torch.cat([vectors[:, :1], rows, vectors[:, 1:]], dim=1)
+            case _:
+                return torch.cat([rows, vectors], dim=1)
+
+    @torch.no_grad()
+    def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
+        """The keys and values of a real text: a start, no equal of having it in the context."""
+        if not token_ids:
+            raise BackboneError("initialisation text", expected="at least one token", found="none")
+        return key_values_in(self.release(), {"input_ids": torch.tensor([token_ids], device=self.device)})
+
+    def generate(self, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[list[int]]:
+        """Refused: an encoder writes no text. Raises BackboneError."""
+        step = "use a task whose answer a head reads, or one with a verbalizer"
+        raise BackboneError(self.identity.family, expected="a model that writes", found="an encoder", next_step=step)
 
 
-def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offset: bool = True) -> KeyValuePrefix:
-    """The keys and values that every layer of an encoder without a prefix computes of one input.
-
-    As a prefix they are a start, no equal of the input: an input before the text would look at the text as well.
-
-    Args:
-        inputs: `input_ids` [1, seq], or `pixel_values` [1, channels, height, width].
-        offset: the text behind starts at position `seq`; else it starts at 0.
-
-    Raises:
-        BackboneError: attention outside the registry of `transformers`, or in windows.
-    """
-    seen = _seen(model, inputs)
-    length = seen[0].key.shape[2]
-    return KeyValuePrefix(
-        keys=tuple(layer.key[0].detach().clone() for layer in seen),
-        values=tuple(layer.value[0].detach().clone() for layer in seen),
-        positions=Positions(text_start=length if offset else 0, prefix_takes_positions=offset),
-        stack="encoder",
-    )
+def rows_before(prompt: EmbeddingPrompt | None) -> tuple[int, int]:
+    """Where rows that are no tokens stand in the sequence: their begin and their end."""
+    if prompt is None or prompt.placement == "slots":
+        return 0, 0
+    begin = 1 if prompt.placement == "after_first" else 0
+    return begin, begin + prompt.length
 
 
-def _seen(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
-    _refuse_outside(model)
-    seen = look(model, inputs)
-    _refuse_windows(seen, model.config.model_type)
-    return seen
+def without_rows(states: Tensor, prompt: EmbeddingPrompt | None) -> Tensor:
+    """`states` [batch, seq, …] of the input's own tokens alone."""
+    begin, end = rows_before(prompt)
+    return states if begin == end else torch.cat([states[:, :begin], states[:, end:]], dim=1)
 
 
-def _refuse_outside(model: PreTrainedModel) -> None:
-    if not uses_registry(model):
-        raise BackboneError(
-            model.config.model_type,
-            expected="an encoder that computes attention through the registry of transformers",
-            found="one that computes it itself",
-            next_step="use an encoder such as BERT, RoBERTa or ViT",
-        )
+def with_rows(each: Tensor, prompt: EmbeddingPrompt | None, value: int = 0) -> Tensor:
+    """`each` [batch, seq], of the input's own tokens, with `value` where the prompt's rows stand."""
+    begin, end = rows_before(prompt)
+    rows = each.new_full((len(each), end - begin), value)
+    return torch.cat([each[:, :begin], rows, each[:, begin:]], dim=1)
 
 
-def _refuse_windows(seen: list[Seen], where: str) -> None:
-    windows = {layer.window for layer in seen} - {None}
-    if windows:
-        found = f"windows of {', '.join(map(str, sorted(filter(None, windows))))} tokens in both directions"
-        step = "use an encoder such as BERT, RoBERTa or ViT"
-        raise BackboneError(where, expected="full attention in every layer", found=found, next_step=step)
+def _adding(received: Injection | None) -> HiddenPrompt | None:
+    prompt = part_of(received, HiddenPrompt)
+    return prompt if prompt is not None and prompt.mode == "add" else None
+
+
+def _places(ids: Tensor, prompt: HiddenPrompt) -> Tensor:
+    """[batch, seq]: True where something is added."""
+    if prompt.placement == "slots":
+        return ids == SLOT
+    begin = 1 if prompt.placement == "after_first" else 0
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    places[:, begin : begin + prompt.length] = True
+    return places

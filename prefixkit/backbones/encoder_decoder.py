@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ class EncoderDecoder(Backbone):
     model's `decoder_start_token_id`; a BOS behind it, which BART was taught to write first, belongs to the target.
     """
 
-    kind: ClassVar[str] = "encoder-decoder"
+    kind = "encoder-decoder"
     paired: ClassVar[bool] = True
 
     @cached_property
@@ -73,6 +73,11 @@ class EncoderDecoder(Backbone):
         self.refuse_unplaceable(received)
         assert isinstance(received, KeyValuePrefixes)
         return received
+
+    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+        """Refused: heads on encoder-decoders are not offered. Raises BackboneError."""
+        step = "use a task whose answer is text"
+        raise BackboneError(self.identity.family, expected="no head", found="one", next_step=step)
 
     @contextmanager
     def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:

@@ -19,7 +19,7 @@ from prefixkit.backbones.geometry import is_encoder
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Provenance
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, injection
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, injection, records_of
 from prefixkit.prefix import Prefix
 
 
@@ -28,14 +28,14 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
 
     Raises:
         MismatchError: vectors of another width than the model's.
-        BackboneError: prefixes for an encoder-decoder, an encoder, or text that starts elsewhere than right behind the
-            prompt: it has no keys and values of its own then.
+        BackboneError: another injection, an encoder, or text that starts elsewhere than right behind the prompt: it has
+            no keys and values of its own then.
     """
     if isinstance(received, KeyValuePrefix):
         return received
-    if isinstance(received, KeyValuePrefixes):
-        where, found = model.config.model_type, "prefixes for an encoder-decoder"
-        raise BackboneError(where, expected="a prefix for a decoder", found=found)
+    if not isinstance(received, EmbeddingPrompt):
+        where, found = model.config.model_type, " and ".join(record.kind for record in records_of(received))
+        raise BackboneError(where, expected="keys and values, or a prompt, for a decoder", found=found)
     _refuse_unfoldable(model, received)
     cache = DynamicCache()
     vectors = received.embeddings.to(model.device, model.dtype)[None]

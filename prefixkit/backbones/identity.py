@@ -31,21 +31,21 @@ def identify(
 ) -> BackboneIdentity:
     """The identity of the backbone stored in `folder`; its weights are hashed as stored (cached by path, size, mtime).
 
-    `geometry` is the decoder's, `encoder` that of an encoder in front of it. Without `weights` only what config.json
-    says is stated, for prefixes of which nobody knows more.
+    `geometry` is the decoder's, empty without one; `encoder` that of an encoder. Without `weights` only what
+    config.json says is stated, for prefixes of which nobody knows more.
     """
     return BackboneIdentity(
         name=name,
         revision=revision,
         family=config.model_type,
         hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        vocab_size=getattr(config, "vocab_size", 0),
         context_length=context_length(config),
         dtype=_stored_dtype(folder) if weights else str(config.dtype or "unknown").removeprefix("torch."),
         config_hash=config_hash(folder),
         weights_hash=backbone_digest(folder) if weights else None,
         tokenizer_hash=tokenizer_hash(folder) if weights else None,
-        stacks={"decoder": geometry, "encoder": encoder} if encoder else {"decoder": geometry},
+        stacks={name: layers for name, layers in (("decoder", geometry), ("encoder", encoder)) if layers},
         rope=_rope(config),
     )
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.encoder import Encoder
 from prefixkit.backbones.encoder_decoder import EncoderDecoder
-from prefixkit.backbones.geometry import measure, refuse_unsupported, refuse_untried
+from prefixkit.backbones.encoder_layers import measure_encoder
+from prefixkit.backbones.geometry import is_encoder, measure, refuse_unsupported, refuse_untried
 from prefixkit.backbones.identity import identify
 from prefixkit.backbones.stacks import measure_stacks
+from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.errors import BackboneError, ConfigError, FormatError
 from prefixkit.format.digest import read_config, weight_files
 from prefixkit.format.header import read_header
@@ -40,8 +49,11 @@ _HUB_REASONS = {
 
 def load_backbone(
     source: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32", revision: str | None = None
-) -> Decoder | EncoderDecoder:
-    """A frozen decoder or encoder-decoder from a folder in `transformers` format or from a hub id.
+) -> Decoder | EncoderDecoder | Encoder:
+    """A frozen model of any kind from a folder in `transformers` format or from a hub id.
+
+    An encoder keeps the head of its masked language model where the folder has one. Other heads, and poolers, are left
+    behind: a file's own head reads the final states.
 
     Args:
         source: a folder with config.json and safetensors weights, or a hub id such as `openai-community/gpt2`.
@@ -54,6 +66,8 @@ def load_backbone(
         ConfigError: another dtype.
     """
     folder, config = _described(source, dtype, revision)
+    if is_encoder(config):
+        return _encoder(source, folder, config, dtype, device, revision)
     if not _is_pair(config):
         return _decoder(source, folder, config, dtype, device, revision)
     refuse_untried(config, str(source))
@@ -91,6 +105,21 @@ def _decoder(
     model = _frozen(folder, config, dtype, device)
     geometry = measure(model, str(source))
     return Decoder(model, folder, identify(folder, _name(source, folder), revision, config, geometry), geometry)
+
+
+def _encoder(
+    source: str | Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: str | torch.device,
+    revision: str | None,
+) -> Encoder:
+    model = _frozen(folder, config, dtype, device)
+    geometry = measure_encoder(model)
+    identity = identify(folder, _name(source, folder), revision, config, (), encoder=geometry)
+    kind = VisionEncoder if model.main_input_name == "pixel_values" else Encoder
+    return kind(model, folder, identity, geometry)
 
 
 def _frozen(folder: Path, config: PreTrainedConfig, dtype: str, device: str | torch.device) -> PreTrainedModel:
@@ -164,13 +193,11 @@ def _config(folder: Path) -> PreTrainedConfig:
 def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     _check_files(folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(config)}
-    kind = AutoModelForSeq2SeqLM if _is_pair(config) else AutoModelForCausalLM
-    try:
-        model, told = kind.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-        )
-    except Exception as error:  # quantised weights, damaged configurations: each model class raises its own types
-        raise BackboneError(folder, expected="weights that fit config.json", found=_told(error)) from error
+    kind = _class(config)
+    model, told = _read(folder, kind, {**options, **_without_pooler(kind, config)})
+    if told["missing_keys"] and kind is AutoModelForMaskedLM:
+        # The head of a masked language model is more than every encoder's folder has.
+        model, told = _read(folder, AutoModel, {**options, **_without_pooler(AutoModel, config)})
     if told["mismatched_keys"]:
         name, stored, needed = sorted(told["mismatched_keys"])[0]
         expected, found = f"weights that fit config.json, such as {name} {list(needed)}", f"{list(stored)}"
@@ -180,6 +207,42 @@ def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
         raise BackboneError(folder, expected="every weight of the model", found=f"none for {names}")
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _class(config: PreTrainedConfig) -> Any:
+    if _is_pair(config):
+        return AutoModelForSeq2SeqLM
+    if not is_encoder(config):
+        return AutoModelForCausalLM
+    return AutoModelForMaskedLM if type(config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModel
+
+
+def _without_pooler(kind: Any, config: PreTrainedConfig) -> dict[str, Any]:
+    # Folders without one would get a random one.
+    parameters = signature(MODEL_MAPPING[type(config)].__init__).parameters if kind is AutoModel else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
+def _read(folder: Path, kind: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    try:
+        with _quietly():
+            model, told = kind.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+            )
+    except Exception as error:  # quantised weights, damaged configurations: each model class raises its own types
+        raise BackboneError(folder, expected="weights that fit config.json", found=_told(error)) from error
+    return model, told
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the reports of `transformers` on missing and unused weights, which are judged here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _check_files(folder: Path) -> None:
@@ -199,5 +262,4 @@ def _told(error: Exception) -> str:
 def _attention(config: PreTrainedConfig) -> str:
     # transformers refuses sdpa where logits are soft-capped or biased inside attention.
     softcap = getattr(config, "attn_logit_softcapping", None)
-    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if _is_pair(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return "sdpa" if known[type(config)]._supports_sdpa and not softcap else "eager"
+    return "sdpa" if _class(config)._model_mapping[type(config)]._supports_sdpa and not softcap else "eager"

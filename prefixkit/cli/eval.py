@@ -37,37 +37,29 @@ def evaluate(
 ) -> None:
     """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it.
 
-    A task with a verbalizer is scored by accuracy and F1 of the labels that the model chooses.
+    A task with labels is scored by accuracy and F1 of those that the model or the file's head chooses; tags by the F1
+    of whole entities.
     """
     from prefixkit.cli.jsonl import write_jsonl
-    from prefixkit.cli.training_display import quiet_transformers
-    from prefixkit.data.batches import encode_examples
-    from prefixkit.data.readers import read_examples
-    from prefixkit.injections import injection
+    from prefixkit.cli.training_display import progress_of, quiet_transformers
+    from prefixkit.injections import TaskHead, injection, part_of
     from prefixkit.prefix import load
-    from prefixkit.task import input_fields
-    from prefixkit.training import evaluation
-    from prefixkit.training.loop import mean_loss
+    from prefixkit.training.scoring import Scoring, score
 
     quiet_transformers()
     files = [load(path) for path in prefix]
     task = _common_task(prefix, files)
     model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
-    groups = evaluation.grouped(read_examples(data, fields=input_fields(task), verbalizer=task.verbalizer), limit)
-    received = [None if no_prefix else model.fold(injection(file)) for file in files]
-    for one in received:
-        task = evaluation.within_context(task, model, one)
-    examples = evaluation.ungrouped(groups)
-    if task.verbalizer is not None:
-        records, metrics = _chosen(model, task, tokenizer, examples, received, batch_size)
-    else:
-        generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        records, metrics = _written(model, task, tokenizer, groups, received[0], generation)
-    encoded = encode_examples(task, tokenizer, examples)
-    losses = [mean_loss(model, encoded, one, batch_size) for one in received]
+    given = [injection(file) for file in files]
+    # Without its prefix a head still reads the bare model.
+    received = [part_of(one, TaskHead) for one in given] if no_prefix else given
+    how = Scoring(
+        progress=progress_of, limit=limit, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens
+    )
+    scored = score(model, task, tokenizer, data, received, how)
     if output is not None:
-        write_jsonl(output, records)
-    _print({"loss": sum(losses) / len(losses), **metrics}, len(groups), len(examples), as_json)
+        write_jsonl(output, scored.records)
+    _print(scored.metrics, scored.inputs, scored.references, as_json)
 
 
 def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
@@ -86,41 +78,9 @@ def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
     return min(tasks, key=lambda task: task.max_length)
 
 
-def _written(
-    model: Backbone, task: TaskRecord, tokenizer: ModelTokenizer, groups: Any, received: Any, generation: dict[str, int]
-) -> tuple[list[Any], dict[str, float]]:
-    from prefixkit.cli.training_display import progress_of
-    from prefixkit.training import evaluation
-
-    with progress_of("writing", len(groups)) as done:
-        written = evaluation.write(model, task, tokenizer, groups, received, **generation, done=done)
-    records = [{**one.group.fields, "written": one.text, "references": one.group.references} for one in written]
-    return records, evaluation.scores(written)
-
-
-def _chosen(
-    model: Backbone, task: TaskRecord, tokenizer: ModelTokenizer, examples: Any, received: Any, batch_size: int
-) -> tuple[list[Any], dict[str, float]]:
-    from prefixkit.cli.training_display import progress_of
-    from prefixkit.training.classification import chosen, label_scores
-    from prefixkit.training.metrics.classification import classification_scores
-
-    assert task.verbalizer is not None
-    labels = {word: label for label, word in task.verbalizer.items()}
-    scores = []
-    for one in received:
-        with progress_of("choosing", len(examples) * len(labels)) as done:
-            scores.append(label_scores(model, task, tokenizer, examples, one, batch_size=batch_size, done=done))
-    choices = chosen(task, scores)
-    right = [labels[example.target] for example in examples]
-    pairs = zip(examples, right, choices, strict=True)
-    records = [{**example.fields, "label": label, "chosen": choice} for example, label, choice in pairs]
-    return records, classification_scores(choices, right, list(task.verbalizer))
-
-
 def _fitting(
     files: list[Prefix], task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
-) -> tuple[Backbone, ModelTokenizer]:
+) -> tuple[Backbone, ModelTokenizer | None]:
     """The backbone that every prefix was made for, and its tokenizer, which can do what the task promises."""
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches
@@ -130,6 +90,8 @@ def _fitting(
     model = load_backbone(backbone, device=chosen(device), dtype=dtype)
     for file in files:
         matches(file, model.identity, allow_mismatch=allow_mismatch)
+    if task.image is not None:
+        return model, None
     tokenizer = load_tokenizer(model.folder)
     check_task(task, tokenizer)
     return model, tokenizer

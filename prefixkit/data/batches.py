@@ -5,10 +5,10 @@ Notation: B batch, T tokens of the longest example in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ class EncodedExample:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
+    @property
+    def words(self) -> list[int]:
+        """All its tokens."""
+        return [*self.prompt, *self.target]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,6 +61,11 @@ class Batch:
     def target_tokens(self) -> int:
         """Tokens that are learned."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def examples(self) -> int:
+        """Rows."""
+        return len(self.labels)
 
 
 class PairedBatch(Batch):
@@ -80,7 +90,7 @@ def _encoded(task: TaskRecord, tokenizer: ModelTokenizer, example: Example) -> E
     return EncodedExample(tuple(prompt), tuple(target), lost)
 
 
-def count_truncated(examples: Iterable[EncodedExample]) -> int:
+def count_truncated(examples: Iterable[Encoded]) -> int:
     """How many of `examples` lost a part of their input."""
     return sum(example.truncated > 0 for example in examples)
 
@@ -102,13 +112,13 @@ def collate(examples: Sequence[EncodedExample], *, pad_id: int = 0, side: Side =
 
 def collate_pairs(examples: Sequence[EncodedExample], *, pad_id: int = 0) -> PairedBatch:
     """One batch of `examples` in order for a model that reads prompts and targets apart, both padded on the right."""
-    input_ids, attention_mask = _rectangle([example.prompt for example in examples], pad_id)
-    labels, _ = _rectangle([example.target for example in examples], IGNORED)
+    input_ids, attention_mask = rectangle([example.prompt for example in examples], pad_id)
+    labels, _ = rectangle([example.target for example in examples], IGNORED)
     return PairedBatch(input_ids, attention_mask, labels)
 
 
-def _rectangle(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows` in one tensor [B, T], and where they are."""
+def rectangle(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows` in one tensor [B, T], filled up on the right, and where they are."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tensor = torch.full(mask.shape, filler, dtype=torch.int64)
@@ -116,19 +126,26 @@ def _rectangle(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor
     return tensor, mask.long()
 
 
-def in_order(
-    examples: Sequence[EncodedExample],
-    *,
-    batch_size: int,
-    pad_id: int = 0,
-    side: Side = "right",
-    paired: bool = False,
-) -> Iterator[Batch]:
+class Encoded(Protocol):
+    """An example as numbers, of whatever task."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def truncated(self) -> int:
+        """Tokens that the input lost to fit."""
+        ...
+
+
+Collate = Callable[[Sequence[Any]], Any]
+"""What makes one batch of encoded examples in order."""
+
+
+def in_order(examples: Sequence[Encoded], *, batch_size: int, collate: Collate = collate) -> Iterator[Any]:
     """Every example once, by length, for a loss that does not depend on the order."""
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
-        chosen = ordered[start : start + batch_size]
-        yield collate_pairs(chosen, pad_id=pad_id) if paired else collate(chosen, pad_id=pad_id, side=side)
+        yield collate(ordered[start : start + batch_size])
 
 
 class TrainingBatches:
@@ -140,13 +157,11 @@ class TrainingBatches:
 
     def __init__(
         self,
-        examples: Sequence[EncodedExample],
+        examples: Sequence[Encoded],
         *,
         batch_size: int,
         seed: int,
-        pad_id: int = 0,
-        side: Side = "right",
-        paired: bool = False,
+        collate: Collate = collate,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
@@ -154,18 +169,14 @@ class TrainingBatches:
             raise ConfigError("--seed", expected="0 or more", found=str(seed))
         if not examples:
             raise DataError("training data", expected="at least one example", found="none")
-        self.examples, self.batch_size, self.seed, self.pad_id, self.side = examples, batch_size, seed, pad_id, side
-        self.paired = paired
+        self.examples, self.batch_size, self.seed, self.collate = examples, batch_size, seed, collate
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._lengths = np.array([len(example) for example in examples])
         self._epoch = lru_cache(maxsize=2)(self._plan)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Any:
         """The batch of `step`."""
-        chosen = [self.examples[i] for i in self.indices(step)]
-        if self.paired:
-            return collate_pairs(chosen, pad_id=self.pad_id)
-        return collate(chosen, pad_id=self.pad_id, side=self.side)
+        return self.collate([self.examples[i] for i in self.indices(step)])
 
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of `step` holds."""

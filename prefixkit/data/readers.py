@@ -65,7 +65,7 @@ def read_examples(
     path = Path(path)
     parse: Parser | None = None
     examples: list[Example] = []
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         parse = parse or _parser(path, line, verbalizer)
         examples += parse(line, f"{path}:{number}", fields)
     if not examples:
@@ -73,17 +73,23 @@ def read_examples(
     return examples
 
 
-def data_hash(examples: Sequence[Example]) -> str:
+def data_hash(examples: Sequence[Any]) -> str:
     """The tagged BLAKE3 of the examples in order, whatever file format they came from."""
     digest = blake3()
     for example in examples:
-        canonical = {"fields": dict(example.fields), "target": example.target}
+        canonical = {name: value for name, value in vars(example).items() if name != "where"}
+        canonical["fields"] = {name: _hashable(value) for name, value in example.fields.items()}
         digest.update(json.dumps(canonical, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode())
         digest.update(b"\n")
     return "b3-v1:" + digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _hashable(value: Any) -> Any:
+    image = hasattr(value, "tobytes")
+    return [list(value.shape), blake3(value.tobytes()).hexdigest()] if image else value
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     with _opened(path) as file:
         for number, raw in enumerate(file, 1):
@@ -126,7 +132,7 @@ def _from_e2e(line: str, where: str, fields: Sequence[str]) -> list[Example]:
     parts = line.split("||")
     if len(parts) != 2:
         step = 'write lines so, or objects with "input" and "target" (JSONL); there are no other formats'
-        raise DataError(where, expected="source||target", found=_quoted(line), next_step=step)
+        raise DataError(where, expected="source||target", found=quoted(line), next_step=step)
     if tuple(fields) not in (("input",), ("messages",)):
         wanted = " and ".join(map(repr, fields)) or "no field"
         found, step = "an E2E line, which has only 'input'", "write JSONL, or {input} in the task's template"
@@ -135,39 +141,40 @@ def _from_e2e(line: str, where: str, fields: Sequence[str]) -> list[Example]:
 
 
 def _from_json(line: str, where: str, fields: Sequence[str]) -> list[Example]:
-    record = _object(line, where)
+    record = object_in(line, where)
     if "messages" in record and "target" not in record:
         return [_from_messages(record["messages"], where)]
     wanted = ("input",) if tuple(fields) == ("messages",) else tuple(fields)
-    inputs = {name: _text(record, name, where) for name in wanted}
+    inputs = {name: text_in(record, name, where) for name in wanted}
     targets = record.get("target")
-    references = targets if isinstance(targets, list) and targets else [_text(record, "target", where)]
+    references = targets if isinstance(targets, list) and targets else [text_in(record, "target", where)]
     if not all(isinstance(reference, str) for reference in references):
-        raise DataError(where, expected="'target' as text or a list of texts", found=_quoted(json.dumps(targets)))
+        raise DataError(where, expected="'target' as text or a list of texts", found=quoted(json.dumps(targets)))
     return [_example(inputs, reference, where) for reference in references]
 
 
 def _from_labelled(line: str, where: str, fields: Sequence[str], *, verbalizer: Mapping[str, str]) -> list[Example]:
-    record = _object(line, where)
-    inputs = {name: _text(record, name, where) for name in fields}
+    record = object_in(line, where)
+    inputs = {name: text_in(record, name, where) for name in fields}
     label = record.get("label")
     # Labels are often numbers; JSON's true is not 1.
     named = str(label) if isinstance(label, (str, int)) and not isinstance(label, bool) else json.dumps(label)
     if named not in verbalizer:
         expected = f"'label' as one of {', '.join(verbalizer)}"
-        raise DataError(where, expected=expected, found=_quoted(named), next_step=did_you_mean(named, verbalizer))
+        raise DataError(where, expected=expected, found=quoted(named), next_step=did_you_mean(named, verbalizer))
     return [_example(inputs, verbalizer[named], where)]
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def object_in(line: str, where: str) -> dict[str, Any]:
+    """The JSON object in `line`. Raises DataError."""
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        found = f"{_quoted(line)} ({error})"
+        found = f"{quoted(line)} ({error})"
         raise DataError(where, expected="one JSON object", found=found, next_step=_ONE_A_LINE) from error
     if not isinstance(record, dict):
-        raise DataError(where, expected="one JSON object", found=_quoted(line), next_step=_ONE_A_LINE)
+        raise DataError(where, expected="one JSON object", found=quoted(line), next_step=_ONE_A_LINE)
     return record
 
 
@@ -177,7 +184,7 @@ def _example(fields: Fields, target: str, where: str) -> Example:
     for name, text in (("input", "".join(asked)), ("target", target)):
         if not text.strip():
             step = "fill it in, or remove the line"
-            raise DataError(where, expected=f"some text as {name}", found=_quoted(text), next_step=step)
+            raise DataError(where, expected=f"some text as {name}", found=quoted(text), next_step=step)
     return Example(fields, target, where)
 
 
@@ -190,12 +197,13 @@ def _from_messages(messages: Any, where: str) -> Example:
         raise DataError(
             where,
             expected="messages with 'role' and 'content', the last one the assistant's",
-            found=_quoted(json.dumps(messages, ensure_ascii=False)),
+            found=quoted(json.dumps(messages, ensure_ascii=False)),
         )
     return _example({"messages": messages[:-1]}, messages[-1]["content"], where)
 
 
-def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+def text_in(record: Mapping[str, Any], name: str, where: str) -> str:
+    """The text called `name` in `record`. Raises DataError."""
     if name not in record:
         raise DataError(
             where,
@@ -204,7 +212,7 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
             next_step=_rename(name, record),
         )
     if not isinstance(record[name], str):
-        found, step = _quoted(json.dumps(record[name])), "write a text in quotes"
+        found, step = quoted(json.dumps(record[name])), "write a text in quotes"
         raise DataError(where, expected=f"{name!r} as text", found=found, next_step=step)
     return str(record[name])
 
@@ -216,5 +224,6 @@ def _rename(name: str, record: Mapping[str, Any]) -> str:
     return f"call one {name!r}" + ("" if name == "target" else ", or name yours in the input_template of a task file")
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """`text` in quotes, cut to what a message can hold."""
     return repr(text if len(text) <= 60 else text[:57] + "…")

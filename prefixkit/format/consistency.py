@@ -37,6 +37,8 @@ def consistency(document: Mapping[str, Any]) -> Iterator[Problem]:
     filler = document.get("task", {}).get("filler_id")
     if filler is not None and filler >= document["backbone"]["vocab_size"]:
         yield Problem("/task/filler_id", f"expected a token id of the vocabulary; found {filler}")
+    if "image" in document.get("task", {}):
+        yield from _image(document["task"]["image"])
 
 
 def _injection(pointer: str, record: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -52,9 +54,28 @@ def _injection(pointer: str, record: Mapping[str, Any], document: Mapping[str, A
         yield from _positions(f"{pointer}/positions", record["positions"], backbone.get("context_length"))
     if record["kind"] == "embedding_prompt":
         yield from _embedding_prompt(pointer, record, backbone["vocab_size"])
-    labels = document.get("task", {}).get("labels")
-    if record["kind"] == "task_head" and labels is not None and record["labels"] != len(labels):
-        yield Problem(f"{pointer}/labels", f"expected {len(labels)} as in /task/labels; found {record['labels']}")
+    if record.get("placement") == "slots" and "task" in document:
+        marks = sum(document["task"][part].count("{slot}") for part in ("input_template", "separator"))
+        if marks != length:
+            yield Problem(f"{pointer}/length", f"expected {marks}, one a {{slot}} in the task; found {length}")
+    outputs = _outputs(document.get("task", {}))
+    if record["kind"] == "task_head" and outputs is not None and record["labels"] != outputs:
+        yield Problem(f"{pointer}/labels", f"expected {outputs} as in /task; found {record['labels']}")
+
+
+def _outputs(task: Mapping[str, Any]) -> int | None:
+    """How many outputs a head for `task` has: a score for a choice, start and end of a span, or one a label."""
+    if task.get("answer") in ("choice", "span"):
+        return {"choice": 1, "span": 2}[task["answer"]]
+    return len(task["labels"]) if "labels" in task else None
+
+
+def _image(image: Mapping[str, Any]) -> Iterator[Problem]:
+    for name in ("mean", "std"):
+        if len(image[name]) != image["channels"]:
+            yield Problem(f"/task/image/{name}", f"expected {image['channels']} numbers; found {len(image[name])}")
+    if any(deviation <= 0 for deviation in image["std"]):
+        yield Problem("/task/image/std", "expected numbers above 0")
 
 
 def _positions(pointer: str, positions: Mapping[str, Any], context: int | None) -> Iterator[Problem]:
@@ -66,15 +87,10 @@ def _positions(pointer: str, positions: Mapping[str, Any], context: int | None) 
 
 
 def _embedding_prompt(pointer: str, record: Mapping[str, Any], vocabulary: int) -> Iterator[Problem]:
-    length = record["length"]
-    if (record["placement"] == "slots") != ("slots" in record):
-        yield Problem(pointer, "expected slots exactly with the placement 'slots'")
-    for field in ("slots", "token_ids"):
-        if len(record.get(field, [0] * length)) != length:
-            yield Problem(f"{pointer}/{field}", f"expected {length}, one a prompt vector; found {len(record[field])}")
-    if record.get("slots", []) != sorted(set(record.get("slots", []))):
-        yield Problem(f"{pointer}/slots", "expected positions in ascending order")
-    if any(token >= vocabulary for token in record.get("token_ids", [])):
+    length, tokens = record["length"], record.get("token_ids")
+    if tokens is not None and len(tokens) != length:
+        yield Problem(f"{pointer}/token_ids", f"expected {length}, one a prompt vector; found {len(tokens)}")
+    if any(token >= vocabulary for token in tokens or []):
         yield Problem(f"{pointer}/token_ids", f"expected token ids below {vocabulary}")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 SCHEMA_VERSION = 1
 
 Bos = Literal["none", "before", "after"]
+Answer = Literal["label", "tags", "choice", "span"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ class InjectionRecord:
     positions: Positions | None = None
     frozen_slots: int | None = None
     placement: str | None = None
-    """`prepend`, `after_first` or `slots`, for `embedding_prompt`."""
-    slots: tuple[int, ...] | None = None
+    """`prepend`, `after_first` or `slots`, for `embedding_prompt` and `hidden_prompt`."""
     token_ids: tuple[int, ...] | None = None
     mode: str | None = None
     """`replace` or `add`, for `hidden_prompt`."""
@@ -89,6 +89,20 @@ class InjectionRecord:
     """The changed parameters, for `parameter_delta`."""
     labels: int | None = None
     """The number of outputs, for `task_head`."""
+    reads: str | None = None
+    """`first`, `last`, `mean` or `each`: which of the backbone's final states a `task_head` maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What an image is before the backbone sees it: resized, its values divided by 255, `(value - mean) / std`."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    """One number a channel, as are the deviations."""
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +127,11 @@ class TaskRecord:
     """A token id for runtimes that want one id a prefix slot."""
     labels: tuple[str, ...] | None = None
     verbalizer: Mapping[str, str] | None = None
+    answer: Answer | None = None
+    """What a head answers with: one label, a tag for each word, one of several choices, a span of the input. None
+    without a head: the answer is text."""
+    image: ImageRecord | None = None
+    """How images are prepared, where the input is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +202,18 @@ def parse_backbone(stored: Mapping[str, Any]) -> BackboneIdentity:
 
 
 def _injection(record: Mapping[str, Any]) -> InjectionRecord:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    fields = _tuples(record)
     if "positions" in fields:
         fields["positions"] = Positions(**record["positions"])
     return InjectionRecord(**fields)
 
 
 def _task(record: Mapping[str, Any]) -> TaskRecord:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    fields = _tuples(record)
+    if "image" in fields:
+        fields["image"] = ImageRecord(**_tuples(record["image"]))
     return TaskRecord(**fields)
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}

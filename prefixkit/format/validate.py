@@ -83,6 +83,7 @@ _COUNT = integer(1)
 _INDEX = integer(0)
 _STACK = one_of(STACKS)
 _POSITIONS = record({"text_start": _INDEX, "prefix_takes_positions": boolean})
+_PLACEMENT = one_of(("prepend", "after_first", "slots"))
 _LAYER = record({"kv_heads": _COUNT, "key_dim": _COUNT, "value_dim": _COUNT}, {"window": _COUNT})
 
 
@@ -96,15 +97,15 @@ _INJECTIONS: dict[str, Check] = {
         {"frozen_slots": _INDEX},
     ),
     "embedding_prompt": _kind(
-        {"stack": _STACK, "length": _COUNT, "placement": one_of(("prepend", "after_first", "slots"))},
-        {"positions": _POSITIONS, "frozen_slots": _INDEX, "slots": array(_INDEX), "token_ids": array(_INDEX)},
+        {"stack": _STACK, "length": _COUNT, "placement": _PLACEMENT},
+        {"positions": _POSITIONS, "frozen_slots": _INDEX, "token_ids": array(_INDEX)},
     ),
     "hidden_prompt": _kind(
-        {"stack": _STACK, "length": _COUNT, "mode": one_of(("replace", "add"))},
+        {"stack": _STACK, "length": _COUNT, "placement": _PLACEMENT, "mode": one_of(("replace", "add"))},
         {"positions": _POSITIONS, "frozen_slots": _INDEX},
     ),
     "parameter_delta": _kind({"names": array(_NAME, least=1, unique=True)}),
-    "task_head": _kind({"labels": _COUNT}),
+    "task_head": _kind({"labels": _COUNT, "reads": one_of(("first", "last", "mean", "each"))}),
 }
 
 BACKBONE = record(
@@ -126,6 +127,16 @@ BACKBONE = record(
     },
 )
 
+_IMAGE = record(
+    {
+        "height": _COUNT,
+        "width": _COUNT,
+        "channels": _COUNT,
+        "mean": array(number, least=1),
+        "std": array(number, least=1),
+    }
+)
+
 _TASK = record(
     {
         "name": _TEXT,
@@ -136,7 +147,14 @@ _TASK = record(
         "stop": array(_TEXT),
         "max_length": _COUNT,
     },
-    {"chat_template_hash": _HASH, "filler_id": _INDEX, "labels": array(_TEXT), "verbalizer": mapping(_TEXT)},
+    {
+        "chat_template_hash": _HASH,
+        "filler_id": _INDEX,
+        "labels": array(_TEXT),
+        "verbalizer": mapping(_TEXT),
+        "answer": one_of(("label", "tags", "choice", "span")),
+        "image": _IMAGE,
+    },
 )
 
 _PROVENANCE = record(

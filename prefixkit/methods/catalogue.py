@@ -17,11 +17,13 @@ class MethodEntry:
     name: str
     injection: str
     backbones: tuple[str, ...]
-    """The kinds: `decoder`, `encoder-decoder`."""
+    """The kinds: `decoder`, `encoder`, `encoder-decoder`, `vision`."""
     trains: str
     init: tuple[str, ...]
     """The starts that `--init` takes, the default first; none where nothing is trained."""
     paper: str
+    head: bool = True
+    """Whether a task's head can be trained with it."""
     command: str = "train"
 
 
@@ -39,10 +41,42 @@ METHODS = {
         MethodEntry(
             name="prompt-tuning",
             injection="embedding_prompt",
-            backbones=("decoder",),
+            backbones=("decoder", "encoder"),
             trains="input vectors before the text",
             init=("text", "text:WORDS", "vocabulary", "uniform", "uniform:code", "labels", "npy:FILE", "prefix:FILE"),
             paper="Lester et al. 2021, arXiv 2104.08691",
+        ),
+        MethodEntry(
+            name="p-tuning-v2",
+            injection="key_value_prefix",
+            backbones=("encoder", "decoder"),
+            trains="keys and values in every layer, beside a head for the task",
+            init=("random", "normal", "text", "text:WORDS", "prefix:FILE"),
+            paper="Liu et al. 2022, arXiv 2110.07602",
+        ),
+        MethodEntry(
+            name="visual-prompt-tuning",
+            injection="hidden_prompt",
+            backbones=("vision",),
+            trains="vectors among an image's tokens, in every layer or before the first",
+            init=("uniform",),
+            paper="Jia et al. 2022, arXiv 2203.12119",
+        ),
+        MethodEntry(
+            name="bitfit",
+            injection="parameter_delta",
+            backbones=("decoder", "encoder", "encoder-decoder", "vision"),
+            trains="the backbone's biases, or its normalisations, as deltas",
+            init=("zeros", "prefix:FILE"),
+            paper="Ben Zaken et al. 2022, arXiv 2106.10199",
+        ),
+        MethodEntry(
+            name="linear-probe",
+            injection="task_head",
+            backbones=("decoder", "encoder", "vision"),
+            trains="a head for the task alone: the baseline",
+            init=("random",),
+            paper="Alain & Bengio 2016, arXiv 1610.01644",
         ),
         MethodEntry(
             name="p-tuning",
@@ -59,6 +93,7 @@ METHODS = {
             trains="which tokens stand before the text",
             init=("text", "text:WORDS", "random"),
             paper="Shin et al. 2020, arXiv 2010.15980",
+            head=False,
         ),
         MethodEntry(
             name="cartridge",
@@ -67,6 +102,7 @@ METHODS = {
             trains="keys and values in every layer, to stand for a document (--set method.document=FILE)",
             init=("document", "random", "prefix:FILE"),
             paper="Eyuboglu et al. 2025, arXiv 2506.06266",
+            head=False,
         ),
         MethodEntry(
             name="capture",

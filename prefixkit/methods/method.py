@@ -71,6 +71,11 @@ class Backbone(KeyValueSource, Protocol):
     """A frozen model, as far as methods need one."""
 
     @property
+    def kind(self) -> str:
+        """As `prefixkit methods` names it."""
+        ...
+
+    @property
     def hidden_size(self) -> int:
         """The width of token vectors."""
         ...
@@ -78,6 +83,20 @@ class Backbone(KeyValueSource, Protocol):
     @property
     def vocabulary(self) -> Tensor:
         """[vocab, hidden]: the vector of every token."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """How many layers receive a prompt of their own."""
+        ...
+
+    @property
+    def patch_numbers(self) -> int:
+        """How many numbers a patch of an image is made of."""
+        ...
+
+    def parameter_shapes(self, which: str) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its parameters of a kind, `bias` or `layernorm`, by name."""
         ...
 
 

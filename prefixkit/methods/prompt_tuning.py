@@ -73,12 +73,16 @@ class PromptTuning(Method):
         frozen_slots: how many leading vectors stay what they are.
         network: what is trained in the place of the others, giving [prefix - frozen_slots, hidden]; by default they
             themselves.
+        stack: whose input it is, `decoder` or `encoder`.
     """
 
     frozen: Tensor | None
 
-    def __init__(self, start: Tensor, *, frozen_slots: int = 0, network: nn.Module | None = None) -> None:
+    def __init__(
+        self, start: Tensor, *, frozen_slots: int = 0, network: nn.Module | None = None, stack: str = "decoder"
+    ) -> None:
         super().__init__()
+        self.stack = stack
         self.register_buffer("frozen", start[:frozen_slots].clone() if frozen_slots else None)
         self.prompt = network if network is not None else Direct(start[frozen_slots:])
 
@@ -87,13 +91,16 @@ class PromptTuning(Method):
         vectors: Tensor = self.prompt()
         if self.frozen is not None:
             vectors = torch.cat([self.frozen, vectors])
-        return EmbeddingPrompt(embeddings=vectors, positions=Positions(text_start=vectors.shape[0]))
+        return self._made(vectors)
 
     @torch.no_grad()
     def fold(self) -> EmbeddingPrompt:
         """The prompt as constants."""
-        vectors = self().embeddings.detach().clone()
-        return EmbeddingPrompt(embeddings=vectors, positions=Positions(text_start=vectors.shape[0]))
+        return self._made(self().embeddings.detach().clone())
+
+    def _made(self, vectors: Tensor) -> EmbeddingPrompt:
+        positions = Positions(text_start=vectors.shape[0])
+        return EmbeddingPrompt(embeddings=vectors, positions=positions, stack=self.stack)
 
 
 def make(settings: Settings, material: Material) -> PromptTuning:
@@ -104,7 +111,8 @@ def make(settings: Settings, material: Material) -> PromptTuning:
         network = MLP(begin[frozen:], hidden=begin.shape[1], bottleneck=settings.bottleneck)
     elif settings.unit == "spread":
         network = Steps(begin[frozen:], unit=material.backbone.vocabulary.std().item())
-    return PromptTuning(begin, frozen_slots=frozen, network=network)
+    stack = "decoder" if material.backbone.kind == "decoder" else "encoder"
+    return PromptTuning(begin, frozen_slots=frozen, network=network, stack=stack)
 
 
 def _start(settings: Settings, material: Material) -> Tensor:

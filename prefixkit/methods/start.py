@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from prefixkit.errors import ConfigError
-from prefixkit.injections import Injection
+from prefixkit.injections import Injection, parts_of
 from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.method import Material
 
@@ -24,9 +24,11 @@ def from_parent(material: Material, file: str, length: int, kind: type[Kind]) ->
     Raises:
         ConfigError: another kind or length.
     """
-    parent = material.parent(file)
-    if not isinstance(parent, kind):
-        wanted, found = f"a file that holds a {kind.__name__}", f"a {type(parent).__name__}"
+    given = material.parent(file)
+    held = (given,) if isinstance(given, kind) else parts_of(given)
+    parent = next((part for part in held if isinstance(part, kind)), None)
+    if parent is None:
+        wanted, found = f"a file that holds a {kind.__name__}", f"a {type(given).__name__}"
         raise ConfigError("--init", expected=wanted, found=found)
     if parent.length != length:
         step = f"use --length {parent.length}"

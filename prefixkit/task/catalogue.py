@@ -10,23 +10,32 @@
     positive = "great"                 which is its target; at least two, all different
     negative = "terrible"
 
+or, for a task that a trained head answers:
+
+    answer = "label"                   or "tags", one for each of the words {tokens}
+    labels = ["negative", "positive"]  in the order of the head's outputs; by default the labels in the data
+
 What a file leaves out is as in the task `text`, except `bos`: it follows the tokenizer, which knows whether its model
 expects one.
 
 An encoder-decoder reads input and separator with its encoder and writes the target with its decoder. For it the
 separator of `text` is `{eos}`, with which T5's and BART's sources end, and where the tokenizer puts a BOS before a text
 the target begins with one too: `<s> source </s>` and `<s> target </s>`, as the code of Prefix-Tuning has it for BART.
+
+For an encoder `{cls}`, `{sep}` and `{mask}` stand for its special tokens, and nothing is put there that a template does
+not spell. The word that a `[verbalizer]` has for a label is one token there, at the `{mask}` of the template.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from prefixkit.errors import ConfigError
-from prefixkit.format.manifest import Bos, TaskRecord
+from prefixkit.format.manifest import Answer, Bos, TaskRecord
 from prefixkit.spelling import did_you_mean
 from prefixkit.task.chat import chat_template_hash, render_chat, turn_end
 from prefixkit.task.encode import check_task, input_fields
@@ -56,26 +65,34 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
         "stop": ["{eos}"],
     },
 }
-READY_MADE = (*TEMPLATES, "chat")
-KEYS = ("name", "input_template", "separator", "target_template", "stop", "bos", "max_length", "verbalizer")
+HEADS: Mapping[str, Mapping[str, Any]] = {
+    "classification": {"answer": "label", "input_template": "{text}"},
+    "tagging": {"answer": "tags", "input_template": "{tokens}"},
+}
+"""Tasks that a head answers."""
+READY_MADE = (*TEMPLATES, *HEADS, "chat")
+_OURS = ("chat_template_hash", "filler_id", "image")
+KEYS = tuple(field.name for field in fields(TaskRecord) if field.name not in _OURS)
 
 
 def load_task(
-    name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int, paired: bool = False
+    name_or_path: str | Path, tokenizer: ModelTokenizer, *, max_length: int, kind: str = "decoder"
 ) -> TaskRecord:
     """The ready-made task of that name, or the task that a TOML file describes, for this tokenizer.
 
-    `max_length` is the number of tokens that the backbone has for prompt and target; a file may ask for fewer. `paired`
-    says that it reads them apart, as encoder-decoders do. Raises ConfigError.
+    `max_length` is the number of tokens that the backbone has for prompt and target; a file may ask for fewer.
+    `kind` is that of the backbone, as `prefixkit methods` names it. Raises ConfigError.
     """
     name = str(name_or_path)
-    templates = {**TEMPLATES, "text": {**TEMPLATES["text"], **(_pair(tokenizer) if paired else {})}}
+    text = {**TEMPLATES["text"], **_usual(kind, tokenizer)}
+    templates = {**TEMPLATES, **{task: _answered(kind, head) for task, head in HEADS.items()}, "text": text}
     if name == "chat":
         return _chat(tokenizer, max_length)
     if name in templates:
         return _task(name, {"name": name}, templates[name], tokenizer, max_length)
     if name.endswith(".toml"):
-        return _task(name, _read(Path(name)), templates["text"], tokenizer, max_length)
+        settings = _read(Path(name))
+        return _task(name, settings, {**text, **(_silent(kind) if "answer" in settings else {})}, tokenizer, max_length)
     raise ConfigError(
         "--task",
         expected="a ready-made task or a .toml file",
@@ -84,8 +101,23 @@ def load_task(
     )
 
 
-def _pair(tokenizer: ModelTokenizer) -> dict[str, str]:
-    return {"separator": "{eos}", "target_template": "{bos}{target}" if tokenizer.adds_bos else "{target}"}
+def _usual(kind: str, tokenizer: ModelTokenizer) -> dict[str, Any]:
+    """What the task `text` is on a backbone of this kind, where it is not what it is on a decoder."""
+    if kind == "encoder-decoder":
+        return {"separator": "{eos}", "target_template": "{bos}{target}" if tokenizer.adds_bos else "{target}"}
+    return _silent(kind) if kind == "encoder" else {}
+
+
+def _silent(kind: str) -> dict[str, Any]:
+    """What a task is that writes nothing: no stop token, and on encoders no special token but those that it spells."""
+    if kind == "encoder":
+        return {"separator": "{sep}", "target_template": "{target}", "stop": [], "bos": "none"}
+    return {"separator": "", "target_template": "{target}", "stop": []}
+
+
+def _answered(kind: str, head: Mapping[str, Any]) -> dict[str, Any]:
+    opening = "{cls}" if kind == "encoder" else ""
+    return {**_silent(kind), **head, "input_template": opening + head["input_template"]}
 
 
 def _chat(tokenizer: ModelTokenizer, max_length: int) -> TaskRecord:
@@ -124,7 +156,7 @@ def _task(
 ) -> TaskRecord:
     bos = missing.get("bos", "after") if tokenizer.adds_bos else "none"
     given = {**missing, "bos": bos, "max_length": limit, **settings}
-    _check_types(where, given, limit)
+    _check_types(where, given, limit, writes=bool(missing["stop"]))
     task = TaskRecord(
         name=given["name"],
         input_template=_resolve(given["input_template"], tokenizer, escape),
@@ -133,8 +165,9 @@ def _task(
         bos=given["bos"],
         stop=tuple(_resolve(token, tokenizer) for token in given["stop"]),
         max_length=given["max_length"],
-        labels=tuple(given["verbalizer"]) if "verbalizer" in given else None,
+        labels=tuple(given.get("labels") or given.get("verbalizer") or ()) or None,
         verbalizer=given.get("verbalizer"),
+        answer=given.get("answer"),
     )
     check_task(task, tokenizer)
     if not input_fields(task):
@@ -143,7 +176,7 @@ def _task(
     return task
 
 
-def _check_types(where: str, given: Mapping[str, Any], limit: int) -> None:
+def _check_types(where: str, given: Mapping[str, Any], limit: int, *, writes: bool) -> None:
     for key in ("name", "input_template", "separator", "target_template"):
         if not isinstance(given[key], str):
             raise ConfigError(where, expected=f"{key} = a string", found=repr(given[key]))
@@ -151,10 +184,11 @@ def _check_types(where: str, given: Mapping[str, Any], limit: int) -> None:
         raise ConfigError(where, expected='bos = "none", "before" or "after"', found=repr(given["bos"]))
     if not isinstance(given["stop"], list) or not all(isinstance(token, str) for token in given["stop"]):
         raise ConfigError(where, expected="stop = a list of strings", found=repr(given["stop"]))
-    if not given["stop"]:
+    if writes and not given["stop"]:
         step = 'write stop = ["{eos}"]: without one no answer ends'
         raise ConfigError(where, expected="at least one stop token", found="stop = []", next_step=step)
     _check_verbalizer(where, given.get("verbalizer"))
+    _check_answer(where, given)
     if type(given["max_length"]) is not int or not 1 <= given["max_length"] <= limit:
         raise ConfigError(where, expected=f"max_length from 1 to {limit}", found=repr(given["max_length"]))
 
@@ -169,8 +203,24 @@ def _check_verbalizer(where: str, words: Any) -> None:
         raise ConfigError(where, expected="[verbalizer] with two different words at least", found=found)
 
 
+def _check_answer(where: str, given: Mapping[str, Any]) -> None:
+    answer, labels = given.get("answer"), given.get("labels")
+    if answer is not None and answer not in get_args(Answer):
+        raise ConfigError(where, expected=f"answer = {' or '.join(get_args(Answer))}", found=repr(answer))
+    if answer is not None and "verbalizer" in given:
+        raise ConfigError(where, expected="a head's answer or a verbalizer", found="both")
+    if labels is None:
+        return
+    if answer is None:
+        raise ConfigError(where, expected='answer = "label" beside labels', found="none")
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not texts or len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ConfigError(where, expected="labels = a list of two different ones at least", found=repr(labels))
+
+
 def _resolve(text: str, tokenizer: ModelTokenizer, written: Any = str) -> str:
-    for name, token in (("{eos}", tokenizer.eos), ("{bos}", tokenizer.bos)):
+    special = {f"{{{name}}}": tokenizer.special_tokens.get(f"{name}_token") for name in ("cls", "sep", "mask")}
+    for name, token in {"{eos}": tokenizer.eos, "{bos}": tokenizer.bos, **special}.items():
         if name not in text:
             continue
         if token is None:

@@ -92,7 +92,7 @@ def check_task(task: TaskRecord, tokenizer: ModelTokenizer) -> None:
         raise ConfigError(f"task {task.name}", expected="the one field {target}", found=found, next_step=step)
     if task.bos == "after":
         bos_id(task, tokenizer)
-    if tokenizer.bos and task.input_template.startswith(tokenizer.bos):
+    if task.bos != "none" and tokenizer.bos and task.input_template.startswith(tokenizer.bos):
         raise ConfigError(
             f"task {task.name}",
             expected="an input_template without the BOS token",

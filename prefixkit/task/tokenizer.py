@@ -50,6 +50,10 @@ class ModelTokenizer:
         """Whether the model expects a BOS: its own post-processor puts one in front of every text."""
         return self.bos_id is not None and self.backend.encode("a").ids[:1] == [self.bos_id]
 
+    def named_id(self, name: str) -> int | None:
+        """The id of the special token of that name, such as `mask_token`; None without one."""
+        return self.token_id(self.special_tokens.get(name))
+
     def token_id(self, token: str | None) -> int | None:
         """The id of `token`, or None where the vocabulary has no such token."""
         return None if token is None else self.backend.token_to_id(token)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from prefixkit.backbones.backbone import Backbone
-from prefixkit.data.batches import IGNORED, Batch, EncodedExample, collate, collate_pairs
+from prefixkit.data.batches import IGNORED, Batch, EncodedExample
+from prefixkit.data.masked import encode_masked
 from prefixkit.data.readers import Example
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
+from prefixkit.training.examples import collate_for
 
 
 def chosen(task: TaskRecord, scores: Sequence[Tensor]) -> list[str]:
@@ -48,22 +51,40 @@ def label_scores(
         DataError: an input that cannot be made to fit.
     """
     assert task.verbalizer is not None
-    targets = [tuple(encode_target(task, tokenizer, word)) for word in task.verbalizer.values()]
+    words = list(task.verbalizer.values())
+    # A masked language model puts each word into the prompt itself.
+    rows = (_masked if backbone.kind == "encoder" else _continued)(task, tokenizer, examples, words)
+    collate = collate_for(task, backbone)
+    received = backbone.fold(received) if received is not None else None
+    scores = torch.empty(len(rows))
+    for count, indices in _by_length(rows, batch_size):
+        scores[indices] = _log_likelihoods(backbone, collate([rows[index] for index in indices]), received)
+        done(count)
+    return scores.reshape(len(examples), len(words))
+
+
+def _continued(
+    task: TaskRecord, tokenizer: ModelTokenizer, examples: Sequence[Example], words: Sequence[str]
+) -> list[Any]:
+    """A row for each example and word, which stands behind the prompt."""
+    targets = [tuple(encode_target(task, tokenizer, word)) for word in words]
     room = max(map(len, targets))
     rows: list[EncodedExample] = []
     for example in examples:
         prompt = tuple(encode_prompt(task, tokenizer, example.fields, room=room, where=example.where))
         rows += [EncodedExample(prompt, target) for target in targets]
-    received = backbone.fold(received) if received is not None else None
-    scores = torch.empty(len(rows))
-    for count, indices in _by_length(rows, batch_size):
-        together = collate_pairs if backbone.paired else collate
-        scores[indices] = _log_likelihoods(backbone, together([rows[index] for index in indices]), received)
-        done(count)
-    return scores.reshape(len(examples), len(targets))
+    return rows
 
 
-def _by_length(rows: Sequence[EncodedExample], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+def _masked(
+    task: TaskRecord, tokenizer: ModelTokenizer, examples: Sequence[Example], words: Sequence[str]
+) -> list[Any]:
+    """A row for each example and word, which is learned at the mask."""
+    asked = [Example(example.fields, word, example.where) for example in examples for word in words]
+    return list(encode_masked(task, tokenizer, asked))
+
+
+def _by_length(rows: Sequence[Any], batch_size: int) -> Iterator[tuple[int, list[int]]]:
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -32,12 +32,14 @@ class OptimizerConfig:
         name: `adamw`, or `adafactor` as prompt tuning specifies it.
         schedule: `linear` decay to zero, or `constant`; both after the warm-up.
         lr: the peak learning rate; None takes the method's default.
+        head_lr: that of a head which is trained beside something else.
         loss: `mean` over target tokens, or `sum` over an example's tokens and mean over examples (the paper's code).
     """
 
     name: str = "adamw"
     schedule: str = "linear"
     lr: float | None = None
+    head_lr: float = 5e-3
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -50,6 +52,7 @@ class OptimizerConfig:
         one_of("loss", self.loss, ("mean", "sum"))
         at_least("warmup_steps", self.warmup_steps, 0)
         positive("--lr", self.lr)
+        positive("head_lr", self.head_lr)
         positive("max_grad_norm", self.max_grad_norm)
         not_negative("weight_decay", self.weight_decay)
 

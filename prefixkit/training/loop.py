@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from prefixkit import __version__
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
-from prefixkit.data.batches import Batch, EncodedExample, count_truncated, in_order
+from prefixkit.data.batches import Collate, count_truncated, in_order
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.injections import Injection, records_of
 from prefixkit.methods.autoprompt import AutoPrompt
+from prefixkit.methods.method import Method
+from prefixkit.methods.with_head import WithHead
 from prefixkit.prefix import Prefix, save
 from prefixkit.training import checkpoint
 from prefixkit.training.adafactor import Adafactor
 from prefixkit.training.checkpoint import State
-from prefixkit.training.config import TrainConfig, recorded
+from prefixkit.training.config import OptimizerConfig, TrainConfig, recorded
 from prefixkit.training.hotflip import HotFlip
 from prefixkit.training.interruption import AtOnce, between_steps
-from prefixkit.training.objectives import Objective, next_token, reduced
+from prefixkit.training.objectives import Objective, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 
@@ -75,9 +78,20 @@ def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:
     assert settings.lr is not None
     if isinstance(prepared.method, AutoPrompt):
         return HotFlip(prepared.method, lr=settings.lr)
+    groups = _groups(prepared.method, settings)
     if settings.name == "adafactor":
-        return Adafactor(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(prepared.method.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        return Adafactor(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def _groups(method: Method, settings: OptimizerConfig) -> Any:
+    """The parameters of `method`; those of a head beside others have a rate of their own."""
+    if not isinstance(method, WithHead) or method.body is None:
+        return method.parameters()
+    return [
+        {"params": list(method.body.parameters())},
+        {"params": [method.head_weight, method.head_bias], "lr": settings.head_lr},
+    ]
 
 
 def run(
@@ -132,11 +146,11 @@ def schedule(step: int, prepared: Prepared) -> float:
     return (prepared.total_steps - step) / max(1, prepared.total_steps - warmup)
 
 
-def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> float:
+def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Any, number: int) -> float:
     """One optimizer step, the one of `number`; returns the loss in nats a target token."""
     settings = prepared.config.optimizer
     total = prepared.objective(prepared.backbone, batch, prepared.method())
-    how, tokens, examples = settings.loss, batch.target_tokens, len(batch.input_ids)
+    how, tokens, examples = settings.loss, batch.target_tokens, batch.examples
     reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
     if isinstance(optimizer, HotFlip):
@@ -149,21 +163,22 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Batch, num
 
 
 @torch.no_grad()
-def _loss(prepared: Prepared, batch: Batch) -> float:
-    return prepared.objective(prepared.backbone, batch, prepared.method()).item()
+def _loss(prepared: Prepared, batch: Any) -> float:
+    return float(prepared.objective(prepared.backbone, batch, prepared.method()))
 
 
 @torch.no_grad()
 def mean_loss(
     backbone: Backbone,
-    examples: list[EncodedExample],
+    examples: list[Any],
     prefix: Injection | None,
     batch_size: int,
-    objective: Objective = next_token,
+    objective: Objective,
+    collate: Collate,
 ) -> float:
-    """Nats a target token over `examples`."""
+    """Nats a target token, or a label, over `examples`."""
     total, tokens = 0.0, 0
-    for batch in in_order(examples, batch_size=batch_size, paired=backbone.paired):
+    for batch in in_order(examples, batch_size=batch_size, collate=collate):
         total += objective(backbone, batch, prefix).item()
         tokens += batch.target_tokens
     return total / tokens
@@ -176,7 +191,8 @@ def validate(prepared: Prepared, state: State, listener: Listener) -> None:
         return
     size = prepared.config.batch_size * _LARGER
     received = prepared.backbone.fold(prepared.method.fold())
-    loss = mean_loss(prepared.backbone, prepared.validation, received, size, prepared.objective)
+    objective, collate = prepared.objective, prepared.batches.collate
+    loss = mean_loss(prepared.backbone, prepared.validation, received, size, objective, collate)
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale = loss, state.step, 0

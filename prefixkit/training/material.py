@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from prefixkit.backbones.backbone import Backbone
-from prefixkit.data.batches import EncodedExample
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection, injection
 from prefixkit.methods.method import Material
-from prefixkit.prefix import load, matches
+from prefixkit.prefix import Prefix, load, matches
 from prefixkit.task import ModelTokenizer
 from prefixkit.training.config import TrainConfig
 
@@ -22,11 +22,11 @@ def material_for(
     config: TrainConfig,
     backbone: Backbone,
     task: TaskRecord,
-    tokenizer: ModelTokenizer,
-    encoded: Sequence[EncodedExample],
-    parents: list[str],
+    tokenizer: ModelTokenizer | None,
+    encoded: Sequence[Any],
+    parents: list[Prefix],
 ) -> Material:
-    """What the method of `config` may ask for; `parents` gets the content digest of every prefix file that it reads.
+    """What the method of `config` may ask for; `parents` gets every prefix file that it reads.
 
     Raises:
         ConfigError: the task wants a BOS in the prefix, which the start of the method cannot give.
@@ -35,26 +35,37 @@ def material_for(
     def parent(path: str) -> Injection:
         found = load(path)
         matches(found, backbone.identity)
-        parents.append(found.manifest.content or "")
+        parents.append(found)
         return injection(found)
 
     return Material(
         backbone=backbone,
         words=_own_words(encoded, config.method.length),
-        tokenize=tokenizer.encode_text,
+        tokenize=tokenizer.encode_text if tokenizer is not None else _no_words,
         parent=parent,
-        labels=[tokenizer.encode_text(word) for word in (task.verbalizer or {}).values()],
-        special_ids=sorted(tokenizer.special_ids.values()),
-        bos_id=_promised_bos(config, backbone, task, tokenizer),
+        labels=[tokenizer.encode_text(word) for word in _answers(task)] if tokenizer is not None else (),
+        special_ids=sorted(tokenizer.special_ids.values()) if tokenizer is not None else (),
+        bos_id=_promised_bos(config, backbone, task, tokenizer) if tokenizer is not None else None,
         seed=config.seed,
     )
 
 
-def _own_words(encoded: Sequence[EncodedExample], length: int) -> list[int]:
-    """The first `length` tokens of the training data: the task itself, in the words it will be asked in."""
+def _no_words(text: str) -> list[int]:
+    raise ConfigError("--init", expected="a start without words, on images", found=repr(text))
+
+
+def _answers(task: TaskRecord) -> list[str]:
+    return list((task.verbalizer or {}).values()) or list(task.labels or ())
+
+
+def _own_words(encoded: Sequence[Any], length: int) -> list[int]:
+    """The first `length` tokens of the training data: the task itself, in the words it will be asked in.
+
+    Of images, which have none, a number for each slot.
+    """
     words: list[int] = []
     for example in encoded:
-        words += [*example.prompt, *example.target]
+        words += example.words if hasattr(example, "words") else [0]
         if len(words) >= length:
             break
     return words

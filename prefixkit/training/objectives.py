@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import Batch
 from prefixkit.injections import Injection
 
-Objective = Callable[[Backbone, Batch, Injection | None], Tensor]
+Objective = Callable[[Backbone, Any, Injection | None], Tensor]
 TOP = 20
 """How many of the teacher's most likely tokens are kept, as in the code of cartridges."""
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
-from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
-from prefixkit.data.readers import Example, data_hash, read_examples
+from prefixkit.backbones.vision import VisionEncoder
+from prefixkit.data.batches import TrainingBatches
+from prefixkit.data.readers import data_hash
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import Injection, TaskHead, injection, part_of
 from prefixkit.methods.catalogue import METHODS, method_file
 from prefixkit.methods.method import Material, Method
-from prefixkit.task import input_fields, load_task, load_tokenizer
+from prefixkit.methods.with_head import WithHead
+from prefixkit.prefix import Prefix
+from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
+from prefixkit.training.examples import collate_for, encode, read, with_labels
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import Distillation, Objective, next_token
 from prefixkit.training.output import check_output
+from prefixkit.training.reading import answer_loss
 
 LEAST_STEPS = 500
 
@@ -44,7 +52,7 @@ class Prepared:
     method: Method
     objective: Objective
     batches: TrainingBatches
-    validation: list[EncodedExample]
+    validation: list[Any]
     total_steps: int
     data_hash: str
     validation_hash: str | None
@@ -62,35 +70,53 @@ def prepare(config: TrainConfig) -> Prepared:
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     config = _for_backbone(config, backbone)
-    tokenizer = load_tokenizer(backbone.folder)
-    room = room_for_text(backbone, config.method.length)
-    task = load_task(config.task, tokenizer, max_length=room, paired=backbone.paired)
-    task = replace(task, filler_id=tokenizer.eos_id if task.filler_id is None else task.filler_id)
-    examples = read_examples(config.data, fields=input_fields(task), verbalizer=task.verbalizer)
-    encoded = encode_examples(task, tokenizer, examples)
+    task, tokenizer = _task(config, backbone)
+    examples = read(config.data, task)
+    task = with_labels(task, examples, config.data)
+    encoded = encode(task, tokenizer, backbone, examples)
     held_out = _held_out(config, task)
-    parents: list[str] = []
+    parents: list[Prefix] = []
     material = material_for(config, backbone, task, tokenizer, encoded, parents)
-    method = _method(config, backbone, material)
+    method = _method(config, backbone, task, material, parents)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
     if (left := backbone.room_behind(teacher)) is not None and left < task.max_length:
         task = replace(task, max_length=left)
-        encoded = encode_examples(task, tokenizer, examples)
-    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, paired=backbone.paired)
+        encoded = encode(task, tokenizer, backbone, examples)
+    collate = collate_for(task, backbone)
+    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, collate=collate)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,
         task=task,
         method=method,
-        objective=next_token if teacher is None else Distillation(teacher),
+        objective=_objective(task, teacher),
         batches=batches,
-        validation=encode_examples(task, tokenizer, held_out),
+        validation=encode(task, tokenizer, backbone, held_out),
         total_steps=_total_steps(config, batches.steps_per_epoch),
         data_hash=data_hash(examples),
         validation_hash=data_hash(held_out) if held_out else None,
         start_digest=memory_digest(method),
-        parents=tuple(parents),
+        parents=tuple(parent.manifest.content or "" for parent in parents),
     )
+
+
+def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:
+    """What the run is to read and write, and with which tokenizer; images have none."""
+    if isinstance(backbone, VisionEncoder):
+        if config.task not in ("text", "images"):
+            raise ConfigError("--task", expected="images, on an encoder of images", found=repr(config.task))
+        return image_task(backbone.folder, int(backbone.model.config.num_channels)), None
+    tokenizer = load_tokenizer(backbone.folder)
+    room = room_for_text(backbone, config.method.length)
+    task = load_task(config.task, tokenizer, max_length=room, kind=backbone.kind)
+    filler = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.named_id("sep_token")
+    return replace(task, filler_id=filler if task.filler_id is None else task.filler_id), tokenizer
+
+
+def _objective(task: TaskRecord, teacher: Injection | None) -> Objective:
+    if task.answer is not None:
+        return answer_loss
+    return next_token if teacher is None else Distillation(teacher)
 
 
 def device(choice: str) -> str:
@@ -133,10 +159,10 @@ def room_for_text(backbone: Backbone, length: int) -> int:
     return room if room is not None else 2048
 
 
-def _held_out(config: TrainConfig, task: TaskRecord) -> list[Example]:
+def _held_out(config: TrainConfig, task: TaskRecord) -> list[Any]:
     if config.eval_data is None:
         return []
-    examples = read_examples(config.eval_data, fields=input_fields(task), verbalizer=task.verbalizer)
+    examples = read(config.eval_data, task)
     # Evenly through the file: the references of one input often stand together.
     return examples[:: -(-len(examples) // config.evaluation.limit)]
 
@@ -157,7 +183,40 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return max(LEAST_STEPS, steps_per_epoch)
 
 
-def _method(config: TrainConfig, backbone: Backbone, material: Material) -> Method:
-    method = method_file(config.method.name).make(config.method, material).to(backbone.device)
+def _method(
+    config: TrainConfig, backbone: Backbone, task: TaskRecord, material: Material, parents: list[Prefix]
+) -> Method:
+    name = config.method.name
+    if task.answer is None:
+        method = method_file(name).make(config.method, material)
+    elif METHODS[name].head:
+        body = None if name == "linear-probe" else method_file(name).make(config.method, material)
+        method = _with_head(body, backbone, task, config.seed, parents)
+    else:
+        step = "use a task that is answered in words"
+        raise ConfigError(f"--method {name}", expected="a task without a head", found=repr(task.name), next_step=step)
+    method = method.to(backbone.device)
     backbone.refuse_unplaceable(method())
     return method
+
+
+def _with_head(body: Method | None, backbone: Backbone, task: TaskRecord, seed: int, parents: list[Prefix]) -> WithHead:
+    """`body` and a head for `task`: that of a parent with the same labels, or else a random one."""
+    one = "last" if backbone.kind == "decoder" else "first"
+    return WithHead(
+        body,
+        outputs={"choice": 1, "span": 2}.get(task.answer or "", len(task.labels or ())),
+        hidden=backbone.identity.hidden_size,
+        reads="each" if task.answer in ("tags", "span") else one,
+        seed=seed,
+        start=next((head for head in map(_head_for(task), parents) if head is not None), None),
+    )
+
+
+def _head_for(task: TaskRecord) -> Callable[[Prefix], TaskHead | None]:
+    def head(parent: Prefix) -> TaskHead | None:
+        theirs = parent.manifest.task
+        same = theirs is not None and (theirs.answer, theirs.labels) == (task.answer, task.labels)
+        return part_of(injection(parent), TaskHead) if same else None
+
+    return head

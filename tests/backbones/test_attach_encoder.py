@@ -24,7 +24,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefixkit.backbones.attach import attach, detach
-from prefixkit.backbones.encoder import key_values_in, measure_encoder
+from prefixkit.backbones.encoder_layers import key_values_in, measure_encoder
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.snapshot import snapshot
 from prefixkit.errors import BackboneError, MismatchError

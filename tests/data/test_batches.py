@@ -118,7 +118,7 @@ def test_batches_pad_little_but_lengths_come_in_no_order() -> None:
 
 
 def test_evaluation_sees_every_example_once_by_length() -> None:
-    batches = list(in_order(ragged(21), batch_size=8, side="right"))
+    batches = list(in_order(ragged(21), batch_size=8))
     assert [len(numbers(batch)) for batch in batches] == [8, 8, 5]
     assert sorted(i for batch in batches for i in numbers(batch)) == list(range(21))
     lengths = [length for batch in batches for length in batch.attention_mask.sum(1).tolist()]

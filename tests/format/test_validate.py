@@ -165,7 +165,11 @@ def test_layers_may_differ_in_shape() -> None:
 
 def test_the_shapes_of_the_other_kinds() -> None:
     assert expected_shapes(GOOD["embedding_prompt"]) == {"prompt.embeddings": ("/injections/0", (2, 8))}
-    assert expected_shapes(GOOD["hidden_prompt"]) == {"encoder.layers.0.hidden": ("/injections/0", (4, 8))}
+    assert expected_shapes(GOOD["hidden_prompt"]) == {
+        "encoder.layers.0.hidden": ("/injections/0", (4, 8)),
+        "head.weight": ("/injections/1", (2, 8)),
+        "head.bias": ("/injections/1", (2,)),
+    }
     assert expected_shapes(GOOD["delta_and_head"]) == {
         "delta.encoder.layer.0.bias": ("/injections/0", None),
         "delta.ä/~b": ("/injections/0", None),

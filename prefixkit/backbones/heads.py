@@ -1,0 +1,35 @@
+"""What a task head reads of a backbone's final states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from prefixkit.injections import TaskHead
+
+
+def read(head: TaskHead, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The outputs of `head`: [batch, labels], or [batch, seq, labels] where it reads `each` state.
+
+    Args:
+        states: [batch, seq, hidden].
+        attention_mask: [batch, seq], 1 for a real token, padding on the right; None for images, which have none.
+    """
+    chosen = _chosen(head.reads, states, attention_mask)
+    return F.linear(chosen, head.weight.to(chosen), head.bias.to(chosen)).float()
+
+
+def _chosen(reads: str, states: Tensor, mask: Tensor | None) -> Tensor:
+    match reads:
+        case "each":
+            return states
+        case "first":
+            return states[:, 0]
+        case "last":
+            last = states.shape[1] - 1 if mask is None else mask.sum(dim=1) - 1
+            return states[range(len(states)), last]
+        case _:
+            # An image's first state is its [CLS], no part of the image.
+            shares = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+            shares = shares if mask is not None else shares.index_fill(1, shares.new_zeros(1).long(), 0.0)
+            return (states * shares[..., None]).sum(dim=1) / shares.sum(dim=1, keepdim=True)
