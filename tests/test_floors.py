@@ -39,6 +39,7 @@ FROM_FLOOR = {
     "jinja2": 1,
     "onnxruntime": 2,
     "torch": 3,
+    "PIL": 4,
     "transformers": 4,
     "safetensors": 4,
     "huggingface_hub": 4,

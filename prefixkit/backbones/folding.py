@@ -19,7 +19,7 @@ from prefixkit.backbones.geometry import is_encoder
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Provenance
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, injection, records_of
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, injection, records_of
 from prefixkit.prefix import Prefix
 
 
@@ -34,7 +34,9 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
     if isinstance(received, KeyValuePrefix):
         return received
     if not isinstance(received, EmbeddingPrompt):
-        where, found = model.config.model_type, " and ".join(record.kind for record in records_of(received))
+        kinds = " and ".join(dict.fromkeys(record.kind for record in records_of(received)))
+        several = isinstance(received, KeyValuePrefixes)
+        where, found = model.config.model_type, "prefixes for an encoder-decoder" if several else kinds
         raise BackboneError(where, expected="keys and values, or a prompt, for a decoder", found=found)
     _refuse_unfoldable(model, received)
     cache = DynamicCache()

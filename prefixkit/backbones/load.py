@@ -66,7 +66,7 @@ def load_backbone(
         ConfigError: another dtype.
     """
     folder, config = _described(source, dtype, revision)
-    if is_encoder(config):
+    if is_encoder(config) and config.get_text_config() is config:
         return _encoder(source, folder, config, dtype, device, revision)
     if not _is_pair(config):
         return _decoder(source, folder, config, dtype, device, revision)

@@ -159,7 +159,7 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Any, numbe
     else:
         optimizer.step()
     optimizer.zero_grad()
-    return total.item() / tokens
+    return float(total.item() / tokens)
 
 
 @torch.no_grad()

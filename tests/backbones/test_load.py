@@ -24,7 +24,7 @@ from transformers import (
     ViTConfig,
 )
 
-from prefixkit.backbones.load import load_backbone, sketch
+from prefixkit.backbones.load import load_backbone, load_decoder, sketch
 from prefixkit.errors import BackboneError, ConfigError
 from prefixkit.format.digest import backbone_digest
 from prefixkit.format.manifest import LayerGeometry
@@ -127,9 +127,6 @@ _SMALL = {
         (JambaConfig, "jamba: linear_attention layers", "a soft prompt"),
         (MambaConfig, "mamba: linear_attention layers", "a soft prompt"),
         (RwkvConfig, "rwkv: no attention heads", "a soft prompt"),
-        (BertConfig, "bert: no causal language model", "use a decoder such as Llama"),
-        (ModernBertConfig, "modernbert: no causal language model", "use a decoder such as Llama"),
-        (ViTConfig, "vit: no causal language model", "use a decoder such as Llama"),
         (CLIPConfig, "clip: a multimodal model", "its language model alone"),
     ],
 )
@@ -141,6 +138,15 @@ def test_what_cannot_take_a_prefix_is_refused_without_reading_weights(
     assert "expected a decoder in which every layer keeps keys and values" in line
     assert f"found {reason}" in line
     assert step in line
+
+
+@pytest.mark.parametrize("config", [BertConfig, ModernBertConfig, ViTConfig])
+def test_encoders_are_refused_where_only_a_decoder_will_do(
+    config: Callable[[], PreTrainedConfig], tmp_path: Path
+) -> None:
+    config().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="no causal language model; use a decoder such as Llama"):
+        load_decoder(tmp_path)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

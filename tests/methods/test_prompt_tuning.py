@@ -25,6 +25,7 @@ PARENT = EmbeddingPrompt(embeddings=torch.full((4, 8), 0.25), positions=Position
 class Table:
     """A backbone of which only the vectors are asked."""
 
+    kind = "decoder"
     vocabulary = VOCABULARY
     hidden_size = 8
     longest_text = None

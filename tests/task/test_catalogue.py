@@ -82,7 +82,9 @@ def test_faulty_file_is_one_line(tmp_path: Path, text: str, message: str) -> Non
 def test_unknown_name_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found 'e2'; did you mean 'e2e'\?"):
         load_task("e2", small_tokenizer(), max_length=9)
-    with pytest.raises(ConfigError, match="found 'summaries'; choose from text, continuation, e2e, chat"):
+    with pytest.raises(
+        ConfigError, match="found 'summaries'; choose from text, continuation, e2e, classification, tagging, chat"
+    ):
         load_task("summaries", small_tokenizer(), max_length=9)
     with pytest.raises(ConfigError, match=r"absent\.toml: expected a task file; found no such file; check the path"):
         load_task(tmp_path / "absent.toml", small_tokenizer(), max_length=9)

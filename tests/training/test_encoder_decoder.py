@@ -16,6 +16,7 @@ from prefixkit.data.readers import Example
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefixes, injection
+from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.prefix_tuning import PLACES
 from prefixkit.prefix import load, save
 from prefixkit.task import decode_target, load_task, load_tokenizer
@@ -99,7 +100,7 @@ def test_a_file_comes_back_bit_for_bit_and_is_a_start(folder: Folder, records: P
 def test_source_and_target_are_what_the_model_was_taught(folder: Folder, family: str, begin: str) -> None:
     """BART reads and writes `<s> … </s>` and T5 `… </s>`."""
     tokenizer = load_tokenizer(folder(family))
-    task = load_task("text", tokenizer, max_length=99, paired=True)
+    task = load_task("text", tokenizer, max_length=99, kind="encoder-decoder")
     (example,) = encode_examples(task, tokenizer, [Example({"input": "blue"}, "a pub", "d.jsonl:1")])
     assert tokenizer.decode(example.prompt) == f"{begin}blue<|im_end|>"
     assert tokenizer.decode(example.target) == f"{begin}a pub<|im_end|>"
@@ -122,12 +123,14 @@ def test_the_loss_is_the_models_own(folder: Folder, records: Path, tmp_path: Pat
         assert found.item() == pytest.approx(own.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "autoprompt"])
+@pytest.mark.parametrize("method", ["p-tuning", "autoprompt", "p-tuning-v2"])
 def test_other_methods_are_refused(folder: Folder, records: Path, tmp_path: Path, capfd: Out, method: str) -> None:
     asked = ["train", "--backbone", str(folder("bart_uneven")), "--data", str(records), "-o", str(tmp_path / "p")]
     assert run([*asked, "--method", method]) == 2
     told = capfd.readouterr().err.strip()
-    assert "expected a backbone of the kind decoder; found bart, an encoder-decoder; use --method prefix-tuning" in told
+    kinds = " or ".join(METHODS[method].backbones)
+    expected = f"expected a backbone of the kind {kinds}; found bart, an encoder-decoder; use --method prefix-tuning"
+    assert expected in told
     assert "\n" not in told
     assert list(tmp_path.iterdir()) == []
 

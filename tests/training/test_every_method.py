@@ -28,12 +28,16 @@ Folder = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
 
-LR = {"prompt-tuning": 1.0, "p-tuning": 0.01}
+ON_DECODERS = [name for name in TRAINED if "decoder" in METHODS[name].backbones and name != "linear-probe"]
+"""A probe alone changes no word that a decoder writes."""
+LR = {"prompt-tuning": 1.0, "p-tuning": 0.01, "bitfit": 0.02}
 """What moves a tiny random model within a few steps."""
 
 
 def chosen(method: str, folder: Path) -> dict[str, Any]:
-    """Four slots of a method, and a document where it wants one."""
+    """Four slots of a method that has some, and a document where it wants one."""
+    if method == "bitfit":
+        return {"name": method}
     if method != "cartridge":
         return {"name": method, "length": 4}
     (folder / "document.txt").write_text("blue spice is near river .\nmill is near city .\n")
@@ -55,7 +59,7 @@ def trained(backbone_folder: Folder, records: Path, tmp_path: Path) -> Callable[
     return make
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ON_DECODERS)
 def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
     backbone_folder: Folder, records: Path, tmp_path: Path, method: str
 ) -> None:
@@ -70,7 +74,7 @@ def test_the_same_seed_and_a_resumed_run_give_the_same_bytes(
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ON_DECODERS)
 def test_it_learns(backbone_folder: Folder, records: Path, tmp_path: Path, method: str) -> None:
     heard, given = Interrupted(), chosen(method, tmp_path)
     lr = {"lr": LR.get(method, 0.1)}
@@ -81,7 +85,7 @@ def test_it_learns(backbone_folder: Folder, records: Path, tmp_path: Path, metho
     assert heard.validations[-1].loss < heard.validations[0].loss - 0.02
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ON_DECODERS)
 def test_its_file_says_what_it_is_and_scores(
     trained: Callable[[str], Path], backbone_folder: Folder, records: Path, capfd: Out, method: str
 ) -> None:
