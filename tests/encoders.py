@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModel,
+    AutoModelForMaskedLM,
     BertConfig,
     DeiTConfig,
     Dinov2Config,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from tests.architectures import VOCAB
+from tests.small_tokenizer import END, write_folder
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -74,3 +78,19 @@ def one_batch(family: str) -> dict[str, Tensor]:
     if family in TEXT:
         return {"input_ids": torch.randint(5, VOCAB, (2, 9), generator=generator)}
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+
+
+SPECIAL = {"bos_token": "<s>", "cls_token": "<s>", "sep_token": "<|im_end|>", "mask_token": "<|im_start|>"}
+"""What the tests' tokenizer calls its special tokens on an encoder."""
+
+
+def encoder_folder(family: str, folder: Path, **changes: Any) -> Path:
+    """A folder with a tiny encoder: of text with a masked language model's head and a tokenizer, or of images."""
+    text = family in TEXT
+    tiny_encoder(family, AutoModelForMaskedLM if text else AutoModel, **changes).save_pretrained(folder)
+    if text:
+        write_folder(folder, tokenizer_config={**SPECIAL, "eos_token": "<|im_end|>", "pad_token": END})
+    else:
+        prepared = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    return folder

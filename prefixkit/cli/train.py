@@ -65,10 +65,27 @@ def train(
     from prefixkit.training.loop import train as run
 
     quiet_transformers()
+    if "tasks" in settings:
+        _train_together(settings, str(config), resume, as_json)
+        return
     run_config = from_mapping(settings, str(config) if config is not None else "train")
     with TrainingDisplay() as display:
         prefix = run(run_config, resume=resume, listener=display)
     _print_result(run_config.output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
+
+
+def _train_together(settings: dict[str, Any], where: str, resume: bool, as_json: bool) -> None:
+    from prefixkit.cli.training_display import TrainingDisplay
+    from prefixkit.training.together import runs_from, train_together
+
+    if resume:
+        step = "start anew; a task's own training resumes from its output with --init prefix:FILE"
+        raise ConfigError("--resume", expected="a run of one task", found="[[tasks]]", next_step=step)
+    shared, tasks = runs_from(settings, where)
+    with TrainingDisplay() as display:
+        written = train_together(shared, tasks, display)
+    for output, prefix in zip((shared.output, *(task.output for task in tasks)), written, strict=True):
+        _print_result(output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
 
 
 def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

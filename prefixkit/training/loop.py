@@ -45,9 +45,12 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
         InputError: whatever is wrong with the backbone, the data, the task or the options; nothing is written.
         PrefixkitError: the frozen backbone changed.
     """
-    listener = listener or Silence()
-    prepared = prepare(config)
-    optimizer = make_optimizer(prepared)
+    return complete(prepare(config), resume=resume, listener=listener or Silence())
+
+
+def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
+    """Run what was prepared to its end and write it, as `train` does."""
+    config, optimizer = prepared.config, make_optimizer(prepared)
     state = checkpoint.restore(prepared, optimizer) if resume else State()
     if cut := count_truncated(prepared.batches.examples):
         told = f"{cut} of {len(prepared.batches.examples)} training examples lost the end of their input"
@@ -90,7 +93,7 @@ def _groups(method: Method, settings: OptimizerConfig) -> Any:
         return method.parameters()
     return [
         {"params": list(method.body.parameters())},
-        {"params": [method.head_weight, method.head_bias], "lr": settings.head_lr},
+        {"params": [method.head_weight, method.head_bias], "peak": settings.head_lr},
     ]
 
 
@@ -121,13 +124,18 @@ def run(
         if finished:
             return
         check()
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * schedule(state.step, prepared)
+        set_rates(optimizer, schedule(state.step, prepared))
         batch = prepared.batches.batch(state.step)
         state.last_loss = step(prepared, optimizer, batch, state.step)
         state.step += 1
         _refuse_divergence(state)
         listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group of parameters `share` of its own peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("peak", optimizer.defaults["lr"]) * share
 
 
 def _refuse_divergence(state: State) -> None:

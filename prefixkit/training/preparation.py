@@ -60,15 +60,18 @@ class Prepared:
     parents: tuple[str, ...]
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
     """Load and check everything before the first step.
+
+    Args:
+        backbone: the one that `config` names, where it is loaded already.
 
     Raises:
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
     check_output(config.output, files_of(config), config.backbone)
     torch.manual_seed(config.seed)
-    backbone = load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
     examples = read(config.data, task)
