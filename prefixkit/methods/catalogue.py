@@ -65,7 +65,7 @@ METHODS = {
         MethodEntry(
             name="bitfit",
             injection="parameter_delta",
-            backbones=("decoder", "encoder", "encoder-decoder", "vision"),
+            backbones=("decoder", "encoder", "vision"),
             trains="the backbone's biases, or its normalisations, as deltas",
             init=("zeros", "prefix:FILE"),
             paper="Ben Zaken et al. 2022, arXiv 2106.10199",

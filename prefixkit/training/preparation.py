@@ -141,9 +141,17 @@ def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
         raise ConfigError(
             f"--method {entry.name}",
             expected=f"a backbone of the kind {' or '.join(entry.backbones)}",
-            found=f"{backbone.identity.family}, an {backbone.kind}",
+            found=f"{backbone.identity.family}, of the kind {backbone.kind}",
             next_step=f"use --method {fitting}",
         )
+    if (
+        entry.injection == "embedding_prompt"
+        and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size
+    ):
+        # ELECTRA's small models: a file states one width for tokens and states.
+        expected = f"token vectors as wide as the states, {backbone.hidden_size}"
+        found, step = str(backbone.vocabulary.shape[1]), "use --method p-tuning-v2"
+        raise ConfigError(f"--method {entry.name}", expected=expected, found=found, next_step=step)
     return replace(config, method=config.method.on(backbone.kind))
 
 

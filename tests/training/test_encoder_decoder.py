@@ -129,7 +129,9 @@ def test_other_methods_are_refused(folder: Folder, records: Path, tmp_path: Path
     assert run([*asked, "--method", method]) == 2
     told = capfd.readouterr().err.strip()
     kinds = " or ".join(METHODS[method].backbones)
-    expected = f"expected a backbone of the kind {kinds}; found bart, an encoder-decoder; use --method prefix-tuning"
+    expected = (
+        f"expected a backbone of the kind {kinds}; found bart, of the kind encoder-decoder; use --method prefix-tuning"
+    )
     assert expected in told
     assert "\n" not in told
     assert list(tmp_path.iterdir()) == []
