@@ -17,6 +17,7 @@ from transformers import (
     Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -51,11 +52,22 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         dropout=0.0,
         attention_dropout=0.0,
     ),
+    # One layer in four looks everywhere; the others at four tokens on each side.
+    "modernbert": lambda: ModernBertConfig(
+        **{name: value for name, value in _TEXT.items() if "dropout" not in name},
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=3,
+        cls_token_id=1,
+        sep_token_id=3,
+    ),
     "vit": lambda: ViTConfig(**_IMAGE),
     "deit": lambda: DeiTConfig(**_IMAGE),
     "dinov2": lambda: Dinov2Config(**_IMAGE),
 }
-TEXT = ("bert", "roberta", "electra", "distilbert")
+TEXT = ("bert", "roberta", "electra", "distilbert", "modernbert")
 
 
 def tiny_encoder(family: str, head: Any = AutoModel, **changes: Any) -> PreTrainedModel:

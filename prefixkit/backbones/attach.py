@@ -20,7 +20,7 @@ from prefixkit.backbones.attention import KEYWORD, Injected, implementation, ins
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.encoder_layers import measure_encoder
 from prefixkit.backbones.folding import fold
-from prefixkit.backbones.geometry import is_encoder, measure, refuse_swallowed
+from prefixkit.backbones.geometry import is_encoder, measure, reader_of, refuse_swallowed
 from prefixkit.backbones.identity import context_length, identify, origin
 from prefixkit.backbones.positions import (
     first_position,
@@ -74,7 +74,7 @@ class Attachment:
         self.places = takes_positions(model)
         self.frozen: list[nn.Parameter] = []
         # The decoder itself, not `base_model`: some models (OPT) call it directly.
-        decoder = model.get_decoder()
+        decoder = reader_of(model)
         self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.previous is None:
             self._hooks.append(decoder.register_forward_hook(forget_cache, with_kwargs=True))

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prefixkit.backbones.geometry import evaluating, one_input
+from prefixkit.backbones.geometry import evaluating, one_input, reader_of
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
 
@@ -150,16 +150,16 @@ def look(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
 
 def uses_registry(model: PreTrainedModel) -> bool:
     """Whether the model's attention goes through the registry of `transformers`; Falcon's and Bloom's does not."""
-    return hasattr(sys.modules[type(model.get_decoder()).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return hasattr(sys.modules[type(reader_of(model)).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 @torch.no_grad()
 def _look(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
     seen: list[Seen] = []
     # Encoders know no cache, and decoders need none for this.
-    cache = {"use_cache": False} if "use_cache" in signature(model.get_decoder().forward).parameters else {}
+    cache = {"use_cache": False} if "use_cache" in signature(reader_of(model).forward).parameters else {}
     with evaluating(model):
-        model.get_decoder()(**inputs, **cache, **{KEYWORD: Injected(seen=seen)})
+        reader_of(model)(**inputs, **cache, **{KEYWORD: Injected(seen=seen)})
     return seen
 
 
@@ -187,7 +187,9 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         if attention_mask is None and causal and (query.shape[2] > 1 or window is not None):
             attention_mask = _causal(query, key)
         if attention_mask is not None:
-            attention_mask = _with_prefix_columns(attention_mask, injected.query_index, length, window)
+            # A window in both directions is one of the text alone: its tokens all see the prefix.
+            narrow = window if causal else None
+            attention_mask = _with_prefix_columns(attention_mask, injected.query_index, length, narrow)
         if keywords.get("position_bias") is not None:
             # T5 biases by distance, and a slot is at none.
             keywords["position_bias"] = F.pad(keywords["position_bias"], (length, 0))

@@ -16,6 +16,7 @@ from prefixkit.backbones.attach import Attachment, FixedPrefix
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.encoder_layers import key_values_in
+from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.hidden import added, fold_hidden
 from prefixkit.backbones.positions import first_position, refuse_unplaceable
 from prefixkit.errors import BackboneError, MismatchError
@@ -123,7 +124,7 @@ class Encoder(Backbone):
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], padded on the right."""
         prompt = part_of(received, EmbeddingPrompt)
         with self._reading(inputs, received) as keywords:
-            states: Tensor = self.model.get_decoder()(**keywords).last_hidden_state
+            states: Tensor = reader_of(self.model)(**keywords).last_hidden_state
         return without_rows(states, prompt)
 
     def target_logits(

@@ -18,7 +18,7 @@ def measure_encoder(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     """The shape of every layer's keys and values, read off the layers at work.
 
     Raises:
-        BackboneError: attention outside the registry of `transformers`, in windows, or shared by layers.
+        BackboneError: attention outside the registry of `transformers`, or shared by layers.
     """
     return tuple(layer.geometry for layer in _seen(model, one_input(model)))
 
@@ -33,7 +33,7 @@ def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offse
         offset: the text behind starts at position `seq`; else it starts at 0.
 
     Raises:
-        BackboneError: attention outside the registry of `transformers`, or in windows.
+        BackboneError: attention outside the registry of `transformers`.
     """
     seen = _seen(model, inputs)
     length = seen[0].key.shape[2]
@@ -47,9 +47,7 @@ def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offse
 
 def _seen(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
     _refuse_outside(model)
-    seen = look(model, inputs)
-    _refuse_windows(seen, model.config.model_type)
-    return seen
+    return look(model, inputs)
 
 
 def _refuse_outside(model: PreTrainedModel) -> None:
@@ -60,11 +58,3 @@ def _refuse_outside(model: PreTrainedModel) -> None:
             found="one that computes it itself",
             next_step="use an encoder such as BERT, RoBERTa or ViT",
         )
-
-
-def _refuse_windows(seen: list[Seen], where: str) -> None:
-    windows = {layer.window for layer in seen} - {None}
-    if windows:
-        found = f"windows of {', '.join(map(str, sorted(filter(None, windows))))} tokens in both directions"
-        step = "use an encoder such as BERT, RoBERTa or ViT"
-        raise BackboneError(where, expected="full attention in every layer", found=found, next_step=step)

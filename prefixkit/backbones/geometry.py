@@ -121,6 +121,13 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return reads and not getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
 
 
+def reader_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that reads: its decoder, or the encoder below whatever head it has."""
+    # Some models (OPT) call their decoder directly; some encoders call the last layer of their head a decoder.
+    read: PreTrainedModel = model.base_model if is_encoder(model.config) else model.get_decoder()
+    return read
+
+
 def one_input(model: PreTrainedModel) -> dict[str, Tensor]:
     """The smallest input of `model`: one token, or one image."""
     if model.main_input_name != "pixel_values":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import KEYWORD, Injected, Seen
+from prefixkit.backbones.geometry import reader_of
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.injections import HiddenPrompt, KeyValuePrefix
 
@@ -24,7 +25,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
         BackboneError: not one list of them.
     """
     count = model.config.num_hidden_layers
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in reader_of(model).modules() if isinstance(module, nn.ModuleList)]
     for layers in lists:
         if len(layers) == count and any(hasattr(module, "is_causal") for module in layers.modules()):
             return layers

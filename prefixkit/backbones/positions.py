@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from prefixkit.backbones.geometry import reader_of
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import Positions
 
@@ -34,12 +35,12 @@ def has_alibi(config: PreTrainedConfig) -> bool:
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether position ids place the text; a model with ALiBi counts tokens itself, whatever its signature says."""
-    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters and not has_alibi(model.config)
+    return "position_ids" in inspect.signature(reader_of(model).forward).parameters and not has_alibi(model.config)
 
 
 def first_position(model: PreTrainedModel) -> int:
     """The position id of a first token; RoBERTa and its kin leave the ids up to their padding token's to padding."""
-    embeddings = getattr(model.get_decoder(), "embeddings", None)
+    embeddings = getattr(reader_of(model), "embeddings", None)
     counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
     return int(model.config.pad_token_id) + 1 if counts_from_padding else 0
 

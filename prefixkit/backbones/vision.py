@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prefixkit.backbones.encoder import Encoder, without_rows
 from prefixkit.backbones.encoder_layers import key_values_in
+from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.hidden import added
 from prefixkit.errors import BackboneError
 from prefixkit.injections import EmbeddingPrompt, HiddenPrompt, Injection, KeyValuePrefix, part_of
@@ -42,12 +43,12 @@ class VisionEncoder(Encoder):
         pixels = inputs["pixel_values"]
         places = None if hidden is None else self._places(len(pixels), hidden)
         with self.injected(received) as model, self._inserted(prompt), added(model, hidden, places):
-            states: Tensor = model.get_decoder()(pixel_values=pixels).last_hidden_state
+            states: Tensor = reader_of(model)(pixel_values=pixels).last_hidden_state
         return without_rows(states, prompt)
 
     def _places(self, batch: int, hidden: HiddenPrompt) -> Tensor:
         """[batch, seq]: the last tokens, behind every special one (DeiT has two), or as the placement says."""
-        special = int(self.model.get_decoder().embeddings.position_embeddings.shape[1]) - self.patches
+        special = int(reader_of(self.model).embeddings.position_embeddings.shape[1]) - self.patches
         begin = special if hidden.placement == "after_first" else 0
         if begin + hidden.length > special + self.patches:
             expected = f"at most {special + self.patches - begin} places to add to"
@@ -65,7 +66,7 @@ class VisionEncoder(Encoder):
         if prompt.placement != "after_first":
             found = f"one placed {prompt.placement}"
             raise BackboneError(self.identity.family, expected="a prompt behind the class token", found=found)
-        hook = self.model.get_decoder().embeddings.register_forward_hook(_inserting(prompt.embeddings))
+        hook = reader_of(self.model).embeddings.register_forward_hook(_inserting(prompt.embeddings))
         try:
             yield
         finally:

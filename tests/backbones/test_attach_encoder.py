@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForTokenClassification,
     DebertaV2Config,
-    ModernBertConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -189,14 +188,12 @@ def test_a_head_and_a_prefix_learn_in_ones_own_loop(family: str, head: Any) -> N
 
 def test_encoders_that_cannot_be_given_a_prefix_are_refused() -> None:
     shape = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     prefix = random_prefix("bert")
     for config, message in (
         (
             DebertaV2Config(**shape, intermediate_size=48),
             "through the registry of transformers; found one that computes",
         ),
-        (ModernBertConfig(**shape, intermediate_size=48, **ends), "full attention in every layer; found windows of"),
         (AlbertConfig(**shape, intermediate_size=48), "attention of all 2 layers; found 1"),
     ):
         with pytest.raises(BackboneError, match=message):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
 from tests import encoder_decoders
 from tests.architectures import VOCAB, tiny
@@ -52,13 +52,6 @@ def _decoder(family: str) -> Callable[[Path], Path]:
     return make
 
 
-def _modernbert(path: Path) -> Path:
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
-    ModernBertForMaskedLM(ModernBertConfig(vocab_size=VOCAB, **size, **ends)).save_pretrained(path)
-    return write_folder(path, tokenizer_config=SPECIAL)
-
-
 def _deberta(path: Path) -> Path:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=VOCAB, **size)).save_pretrained(path)
@@ -69,9 +62,8 @@ FAMILIES: dict[str, Family] = {
     **{name: Family("decoder", _decoder(name)) for name in ("gpt2", "llama")},
     **{
         name: Family("encoder", lambda path, name=name: encoder_folder(name, path))  # type: ignore[misc]
-        for name in ("bert", "roberta", "electra", "distilbert")
+        for name in ("bert", "roberta", "electra", "distilbert", "modernbert")
     },
-    "modernbert": Family("encoder", _modernbert),
     "deberta-v2": Family("encoder", _deberta),
     **{
         name: Family("encoder-decoder", lambda path, name=name: encoder_decoders.folder_of(name, path))  # type: ignore[misc]
@@ -82,7 +74,7 @@ FAMILIES: dict[str, Family] = {
         for name in ("vit", "deit", "dinov2")
     },
 }
-REFUSED = ("modernbert", "deberta-v2")
+REFUSED = ("deberta-v2",)
 EXCEPTIONS = tuple((method, "electra") for method in ("prompt-tuning", *SLOTTED))
 """Its token vectors are narrower than its states."""
 
