@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from prefixkit.backbones.positions import (
     takes_positions,
 )
 from prefixkit.errors import BackboneError, MismatchError
+from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.injections import Injection, KeyValuePrefix, injection
 from prefixkit.prefix import Prefix, matches
 
@@ -227,8 +229,13 @@ def check_origin(prefix: Prefix, model: PreTrainedModel) -> None:
     """
     folder = origin(model.config)
     if folder is not None:
-        geometry = measure(model, model.config.model_type)
-        matches(prefix, identify(folder, folder.name, None, model.config, geometry))
+        matches(prefix, _identified(model, folder))
+
+
+def _identified(model: PreTrainedModel, folder: Path) -> BackboneIdentity:
+    if is_encoder(model.config):
+        return identify(folder, folder.name, None, model.config, (), encoder=measure_encoder(model))
+    return identify(folder, folder.name, None, model.config, measure(model, model.config.model_type))
 
 
 def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:

@@ -13,18 +13,26 @@ from prefixkit.backbones.geometry import is_encoder, windows
 from prefixkit.backbones.identity import identify, origin
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Manifest, Provenance, TaskRecord
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import KeyValuePrefix, TaskHead, joined, parts_of, records_of
 from prefixkit.prefix import Prefix
 
 
 @torch.no_grad()
-def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: TaskRecord | None = None) -> Prefix:
+def snapshot(
+    model: PreTrainedModel,
+    *,
+    method: str = "prefix-tuning",
+    task: TaskRecord | None = None,
+    head: TaskHead | None = None,
+) -> Prefix:
     """The prefix that `model.prefixkit` makes at the moment, for its backbone; `prefixkit.save` writes it.
 
     Args:
         model: a model that `attach` gave a prefix; its backbone must be what its folder holds, so it stayed frozen.
         method: what trained it, for the provenance.
         task: what it was trained to read and write; without it `generate` and `eval` do not know how to prompt.
+        head: what was trained beside it. A file's head reads final states: that of `AutoModelForTokenClassification` is
+            `TaskHead(weight=model.classifier.weight, bias=model.classifier.bias, reads="each")`.
 
     Raises:
         BackboneError: nothing is attached, or the model was not loaded from a folder or the hub, so that the file could
@@ -33,18 +41,15 @@ def snapshot(model: PreTrainedModel, *, method: str = "prefix-tuning", task: Tas
     attached = getattr(model, "prefixkit", None)
     if attached is None:
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
-    if is_encoder(model.config):
-        step = "keep model.state_dict() for now"
-        found = "an encoder's, whose trained head a prefix file of this version does not hold"
-        raise BackboneError(model.config.model_type, expected="a decoder's prefix", found=found, next_step=step)
     injection = attached()
+    whole = joined((*parts_of(injection), *([head] if head is not None else [])))
     manifest = Manifest(
         backbone=_identity(model, fold(model, injection)),
-        injections=(injection.record(),),
+        injections=records_of(whole),
         provenance=Provenance(method=method, prefixkit=__version__),
         task=task,
     )
-    return Prefix(manifest, injection.arrays())
+    return Prefix(manifest, whole.arrays())
 
 
 def _identity(model: PreTrainedModel, prefix: KeyValuePrefix) -> BackboneIdentity:
@@ -59,12 +64,16 @@ def _identity(model: PreTrainedModel, prefix: KeyValuePrefix) -> BackboneIdentit
         )
     source = config._name_or_path
     name = folder.name if Path(source).is_dir() else source
-    return identify(folder, name, getattr(config, "_commit_hash", None), config, _geometry(model, prefix))
+    geometry, revision = _geometry(model, prefix), getattr(config, "_commit_hash", None)
+    if is_encoder(config):
+        return identify(folder, name, revision, config, (), encoder=geometry)
+    return identify(folder, name, revision, config, geometry)
 
 
 def _geometry(model: PreTrainedModel, prefix: KeyValuePrefix) -> tuple[LayerGeometry, ...]:
     # `attach` made sure that the prefix has the shapes of the model.
-    layers = zip(prefix.keys, prefix.values, windows(model.config), strict=True)
+    wide = [None] * len(prefix.keys) if is_encoder(model.config) else windows(model.config)
+    layers = zip(prefix.keys, prefix.values, wide, strict=True)
     return tuple(
         LayerGeometry(kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], window=window)
         for key, value, window in layers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +26,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefixkit.backbones.attach import attach, detach
 from prefixkit.backbones.encoder_layers import key_values_in, measure_encoder
+from prefixkit.backbones.heads import read
 from prefixkit.backbones.identity import memory_digest
+from prefixkit.backbones.load import load_backbone
 from prefixkit.backbones.snapshot import snapshot
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import EmbeddingPrompt, KeyValuePrefix
+from prefixkit.injections import EmbeddingPrompt, KeyValuePrefix, TaskHead, injection, part_of
 from prefixkit.methods.prefix_tuning import PrefixTuning
-from tests.encoders import CONFIGS, TEXT, one_batch, tiny_encoder
+from prefixkit.prefix import load, save
+from tests.encoders import CONFIGS, TEXT, encoder_folder, one_batch, tiny_encoder
 
 LENGTH = 5
 TOLERANCE = 1e-5
@@ -216,9 +221,26 @@ def test_what_does_not_go_together_is_refused() -> None:
         attach(model, prompt)
     with pytest.raises(BackboneError, match="an input that starts at position 0"):
         attach(tiny_encoder("vit"), replace(random_prefix("vit"), positions=Positions(text_start=LENGTH)))
-    attach(model, prefix)
-    with pytest.raises(BackboneError, match="keep model"):
-        snapshot(model)
+
+
+def test_a_snapshot_holds_prefix_and_head_and_computes_the_same(tmp_path: Path) -> None:
+    folder = encoder_folder("roberta", tmp_path / "roberta")
+    loaded = AutoModelForTokenClassification.from_pretrained(folder, num_labels=3)
+    model = attach(loaded, PrefixTuning(random_prefix("roberta")))
+    inputs = {**one_batch("roberta"), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    with torch.no_grad():
+        own = model(**inputs).logits
+        bare = detach(attach(deepcopy(detach(model)), random_prefix("roberta")))(**inputs).logits
+    attach(model, PrefixTuning(random_prefix("roberta")))
+    head = TaskHead(weight=model.classifier.weight, bias=model.classifier.bias, reads="each")
+    save(snapshot(model, method="p-tuning-v2", head=head), tmp_path / "made")
+    received, backbone = injection(load(tmp_path / "made")), load_backbone(folder)
+    stored = part_of(received, TaskHead)
+    assert stored is not None
+    with torch.no_grad():
+        found = read(stored, backbone.states(inputs, received))
+    assert (found - own).abs().max() <= TOLERANCE
+    assert (found - bare).abs().max() > EFFECT
 
 
 @pytest.mark.parametrize(("family", "room"), [("bert", 64), ("roberta", 62)])
