@@ -28,6 +28,7 @@ def evaluate(
     num_beams: Annotated[int, typer.Option(min=1, help="Beam width; 1 is greedy.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written for an input, at most.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs at a time.")] = 32,
+    mixture: Annotated[bool, typer.Option("--mixture", help="Weigh several prompts as they were trained.")] = False,
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Score the bare model on the same task.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write texts and references as JSONL.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -44,11 +45,11 @@ def evaluate(
     from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.injections import TaskHead, injection, part_of
     from prefixkit.prefix import load
-    from prefixkit.training.scoring import Scoring, score
+    from prefixkit.training.scoring import Scoring, score, score_mixture
 
     quiet_transformers()
     files = [load(path) for path in prefix]
-    task = _common_task(prefix, files)
+    task = _patterns(prefix, files)[0] if mixture else _common_task(prefix, files)
     model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
     given = [injection(file) for file in files]
     # Without its prefix a head still reads the bare model.
@@ -56,10 +57,26 @@ def evaluate(
     how = Scoring(
         progress=progress_of, limit=limit, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens
     )
-    scored = score(model, task, tokenizer, data, received, how)
+    if mixture:
+        assert tokenizer is not None
+        weights = [file.manifest.provenance.metrics["mixture_weight"] for file in files]
+        scored = score_mixture(model, _patterns(prefix, files), tokenizer, data, given, weights, how)
+    else:
+        scored = score(model, task, tokenizer, data, received, how)
     if output is not None:
         write_jsonl(output, scored.records)
     _print(scored.metrics, scored.inputs, scored.references, as_json)
+
+
+def _patterns(paths: list[Path], files: list[Prefix]) -> list[TaskRecord]:
+    """The usage contract of each pattern of a mixture. Raises ConfigError for files of another kind of training."""
+    from prefixkit.errors import ConfigError
+
+    for path, file in zip(paths, files, strict=True):
+        if "mixture_weight" not in file.manifest.provenance.metrics:
+            step = "train them together with [[patterns]]"
+            raise ConfigError(path, expected="a weight in a mixture", found="none", next_step=step)
+    return [required_task(path, file.manifest.task) for path, file in zip(paths, files, strict=True)]
 
 
 def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:

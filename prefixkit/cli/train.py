@@ -65,8 +65,8 @@ def train(
     from prefixkit.training.loop import train as run
 
     quiet_transformers()
-    if "tasks" in settings:
-        _train_together(settings, str(config), resume, as_json)
+    if "tasks" in settings or "patterns" in settings:
+        _train_several(settings, str(config), resume, as_json)
         return
     run_config = from_mapping(settings, str(config) if config is not None else "train")
     with TrainingDisplay() as display:
@@ -74,17 +74,24 @@ def train(
     _print_result(run_config.output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
 
 
-def _train_together(settings: dict[str, Any], where: str, resume: bool, as_json: bool) -> None:
+def _train_several(settings: dict[str, Any], where: str, resume: bool, as_json: bool) -> None:
+    """Several tasks with one prefix, or several patterns of one mixture: a file each."""
     from prefixkit.cli.training_display import TrainingDisplay
+    from prefixkit.training.mixture import patterns_from, train_mixture
     from prefixkit.training.together import runs_from, train_together
 
     if resume:
-        step = "start anew; a task's own training resumes from its output with --init prefix:FILE"
-        raise ConfigError("--resume", expected="a run of one task", found="[[tasks]]", next_step=step)
-    shared, tasks = runs_from(settings, where)
+        step = "start anew, or go on from a file with --init prefix:FILE"
+        raise ConfigError("--resume", expected="a run that writes one file", found="one of several", next_step=step)
     with TrainingDisplay() as display:
-        written = train_together(shared, tasks, display)
-    for output, prefix in zip((shared.output, *(task.output for task in tasks)), written, strict=True):
+        if "patterns" in settings:
+            configs = patterns_from(settings, where)
+            outputs, written = [config.output for config in configs], train_mixture(configs, display)
+        else:
+            shared, tasks = runs_from(settings, where)
+            outputs = [shared.output, *(task.output for task in tasks)]
+            written = train_together(shared, tasks, display)
+    for output, prefix in zip(outputs, written, strict=True):
         _print_result(output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
 
 

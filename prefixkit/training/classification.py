@@ -58,7 +58,7 @@ def label_scores(
     received = backbone.fold(received) if received is not None else None
     scores = torch.empty(len(rows))
     for count, indices in _by_length(rows, batch_size):
-        scores[indices] = _log_likelihoods(backbone, collate([rows[index] for index in indices]), received)
+        scores[indices] = log_likelihoods(backbone, collate([rows[index] for index in indices]), received)
         done(count)
     return scores.reshape(len(examples), len(words))
 
@@ -91,7 +91,7 @@ def _by_length(rows: Sequence[Any], batch_size: int) -> Iterator[tuple[int, list
         yield start + len(chosen), chosen
 
 
-def _log_likelihoods(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
+def log_likelihoods(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     """[batch]: the summed log-likelihood of each row's target."""
     labels = batch.labels.to(backbone.device)
     tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)

@@ -7,15 +7,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.task import ModelTokenizer
 from prefixkit.training import evaluation
 from prefixkit.training.classification import chosen, label_scores
+from prefixkit.training.cloze import mixed, ranks, word_scores
 from prefixkit.training.examples import collate_for, encode, read
 from prefixkit.training.loop import mean_loss
 from prefixkit.training.metrics.classification import classification_scores
+from prefixkit.training.metrics.ranking import ranking_scores
 from prefixkit.training.objectives import Objective, next_token
 from prefixkit.training.reading import answer_loss, answers, named, scores_of
 
@@ -76,13 +80,75 @@ def score(
     for one in folded:
         task = evaluation.within_context(task, model, one)
     examples = evaluation.ungrouped(groups)
-    if task.verbalizer is not None:
+    if task.verbalizer is None and model.kind == "encoder":
+        records, metrics = _ranked(model, [task], tokenizer, examples, folded, [1.0], how)
+    elif task.verbalizer is not None:
         records, metrics = _labelled(model, task, tokenizer, examples, folded, how)
     else:
         records, metrics = _written(model, task, tokenizer, groups, folded[0], how)
     rows = encode(task, tokenizer, model, examples)
     losses = [_loss(model, task, rows, one, next_token, how) for one in folded]
     return Score(len(groups), len(examples), {"loss": sum(losses) / len(losses), **metrics}, records)
+
+
+def score_mixture(
+    model: Backbone,
+    tasks: Sequence[TaskRecord],
+    tokenizer: ModelTokenizer,
+    data: str,
+    received: Sequence[Injection],
+    weights: Sequence[float],
+    how: Scoring,
+) -> Score:
+    """The score of a mixture: each pattern's probabilities by its weight (`prefixkit.training.mixture`).
+
+    Raises:
+        DataError: unreadable or unfitting examples.
+    """
+    examples = read(data, tasks[0])[: how.limit]
+    shares = [weight / sum(weights) for weight in weights]
+    if tasks[0].verbalizer is None:
+        records, metrics = _ranked(model, tasks, tokenizer, examples, received, shares, how)
+        return Score(len(examples), len(examples), metrics, records)
+    scores = [
+        _label_scores(model, task, tokenizer, examples, one, how) for task, one in zip(tasks, received, strict=True)
+    ]
+    records, metrics = _chosen(tasks[0], examples, [mixed(scores, shares)])
+    return Score(len(examples), len(examples), metrics, records)
+
+
+def _ranked(
+    model: Backbone,
+    tasks: Sequence[TaskRecord],
+    tokenizer: ModelTokenizer,
+    examples: list[Any],
+    received: Sequence[Injection | None],
+    weights: Sequence[float],
+    how: Scoring,
+) -> tuple[list[Any], dict[str, float]]:
+    scores = []
+    for task, one in zip(tasks, received, strict=True):
+        with how.progress("reading", len(examples)) as done:
+            found = word_scores(model, task, tokenizer, examples, one, batch_size=how.batch_size, done=done)
+        scores.append(found)
+    whole = mixed(scores, weights)
+    places = ranks(tasks[0], tokenizer, examples, whole)
+    best = [tokenizer.decode([word]) for word in whole.argmax(dim=1).tolist()]
+    told = zip(examples, best, places, strict=True)
+    records = [{**one.fields, "target": one.target, "written": word, "rank": place} for one, word, place in told]
+    return records, ranking_scores(places)
+
+
+def _label_scores(
+    model: Backbone,
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    examples: list[Any],
+    received: Injection | None,
+    how: Scoring,
+) -> Tensor:
+    with how.progress("choosing", len(examples) * len(task.verbalizer or {})) as done:
+        return label_scores(model, task, tokenizer, examples, received, batch_size=how.batch_size, done=done)
 
 
 def _loss(
@@ -135,12 +201,12 @@ def _labelled(
     received: Sequence[Injection | None],
     how: Scoring,
 ) -> tuple[list[Any], dict[str, float]]:
+    return _chosen(task, examples, [_label_scores(model, task, tokenizer, examples, one, how) for one in received])
+
+
+def _chosen(task: TaskRecord, examples: list[Any], scores: Sequence[Tensor]) -> tuple[list[Any], dict[str, float]]:
     assert task.verbalizer is not None
     labels = {word: label for label, word in task.verbalizer.items()}
-    scores = []
-    for one in received:
-        with how.progress("choosing", len(examples) * len(labels)) as done:
-            scores.append(label_scores(model, task, tokenizer, examples, one, batch_size=how.batch_size, done=done))
     choices = chosen(task, scores)
     right = [labels[example.target] for example in examples]
     pairs = zip(examples, right, choices, strict=True)
