@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,9 @@ from prefixkit.data.batches import TrainingBatches
 from prefixkit.data.readers import data_hash
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.injections import Injection, TaskHead, injection, part_of
-from prefixkit.methods.catalogue import METHODS, method_file
-from prefixkit.methods.method import Material, Method
-from prefixkit.methods.with_head import WithHead
+from prefixkit.injections import Injection
+from prefixkit.methods.catalogue import METHODS
+from prefixkit.methods.method import Method
 from prefixkit.prefix import Prefix
 from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer
 from prefixkit.training.config import TrainConfig, files_of
@@ -28,6 +26,7 @@ from prefixkit.training.material import material_for
 from prefixkit.training.objectives import Distillation, Objective, next_token
 from prefixkit.training.output import check_output
 from prefixkit.training.reading import answer_loss
+from prefixkit.training.start import method_for
 
 LEAST_STEPS = 500
 
@@ -80,7 +79,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
     held_out = _held_out(config, task)
     parents: list[Prefix] = []
     material = material_for(config, backbone, task, tokenizer, encoded, parents)
-    method = _method(config, backbone, task, material, parents)
+    method = method_for(config, backbone, task, material, parents)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
     if (left := backbone.room_behind(teacher)) is not None and left < task.max_length:
         task = replace(task, max_length=left)
@@ -192,42 +191,3 @@ def _total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if config.epochs is not None:
         return max(1, round(config.epochs * steps_per_epoch))
     return max(LEAST_STEPS, steps_per_epoch)
-
-
-def _method(
-    config: TrainConfig, backbone: Backbone, task: TaskRecord, material: Material, parents: list[Prefix]
-) -> Method:
-    name = config.method.name
-    if task.answer is None:
-        method = method_file(name).make(config.method, material)
-    elif METHODS[name].head:
-        body = None if name == "linear-probe" else method_file(name).make(config.method, material)
-        method = _with_head(body, backbone, task, config.seed, parents)
-    else:
-        step = "use a task that is answered in words"
-        raise ConfigError(f"--method {name}", expected="a task without a head", found=repr(task.name), next_step=step)
-    method = method.to(backbone.device)
-    backbone.refuse_unplaceable(method())
-    return method
-
-
-def _with_head(body: Method | None, backbone: Backbone, task: TaskRecord, seed: int, parents: list[Prefix]) -> WithHead:
-    """`body` and a head for `task`: that of a parent with the same labels, or else a random one."""
-    one = "last" if backbone.kind == "decoder" else "first"
-    return WithHead(
-        body,
-        outputs={"choice": 1, "span": 2}.get(task.answer or "", len(task.labels or ())),
-        hidden=backbone.identity.hidden_size,
-        reads="each" if task.answer in ("tags", "span") else one,
-        seed=seed,
-        start=next((head for head in map(_head_for(task), parents) if head is not None), None),
-    )
-
-
-def _head_for(task: TaskRecord) -> Callable[[Prefix], TaskHead | None]:
-    def head(parent: Prefix) -> TaskHead | None:
-        theirs = parent.manifest.task
-        same = theirs is not None and (theirs.answer, theirs.labels) == (task.answer, task.labels)
-        return part_of(injection(parent), TaskHead) if same else None
-
-    return head
