@@ -19,6 +19,7 @@ from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.backbones.positions import refuse_unplaceable
+from prefixkit.backbones.slots import filled, in_slots
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry, Positions
 from prefixkit.injections import (
@@ -63,7 +64,14 @@ class Decoder(Backbone):
             return joined(tuple(self._folded(part) for part in parts_of(received)))
 
     def _folded(self, part: One) -> One:
-        return part if isinstance(part, (ParameterDelta, TaskHead)) else fold(self.model, part)
+        # What stands behind real tokens has no keys and values of its own.
+        apart = isinstance(part, (ParameterDelta, TaskHead)) or in_slots(part) is not None
+        return part if apart else fold(self.model, part)
+
+    def _text(self, ids: Tensor, received: Injection | None) -> dict[str, Tensor]:
+        """What the model is called with: `ids`, or their vectors with a prompt's in the slots."""
+        prompt = in_slots(received)
+        return {"input_ids": ids} if prompt is None else {"inputs_embeds": filled(self.model, ids, prompt)}
 
     def key_values(self, received: Injection | None) -> KeyValuePrefix | None:
         """The keys and values of `received`; None where it has none."""
@@ -84,7 +92,7 @@ class Decoder(Backbone):
 
     def refuse_unplaceable(self, received: Injection) -> None:
         """Refuse text that the model cannot place where it should start; see `prefixkit.backbones.positions`."""
-        if received.length:
+        if received.length and in_slots(received) is None:
             refuse_unplaceable(self.model, positions_of(received), received.length)
 
     @contextmanager
@@ -113,13 +121,16 @@ class Decoder(Backbone):
         `attention_mask` [batch, seq] marks real tokens; padding may be on either side.
         """
         with self.injected(prefix) as model:
-            logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            text = self._text(input_ids, prefix)
+            logits: Tensor = model(**text, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
     def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], each row as if it were alone."""
         with self.injected(received) as model:
-            states: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+            text = self._text(inputs["input_ids"], received)
+            mask = inputs.get("attention_mask")
+            states: Tensor = model.get_decoder()(**text, attention_mask=mask, use_cache=False).last_hidden_state
         return states
 
     def logits_where(
@@ -213,14 +224,13 @@ class Decoder(Backbone):
     ) -> list[list[int]]:
         width = max(map(len, prompts))
         rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         with self.injected(prefix) as model, without_habits(model):
-            written = model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(mask, device=self.device),
-                generation_config=settings,
-            )
-        continuations: list[list[int]] = written[:, width:].tolist()
+            text = self._text(torch.tensor(rows, device=self.device), prefix)
+            mask = torch.tensor(real, device=self.device)
+            written = model.generate(**text, attention_mask=mask, generation_config=settings)
+        # Behind vectors only what is new is returned.
+        continuations: list[list[int]] = (written[:, width:] if "input_ids" in text else written).tolist()
         return continuations
 
 

@@ -19,6 +19,7 @@ from prefixkit.backbones.encoder_layers import key_values_in
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.hidden import added, fold_hidden
 from prefixkit.backbones.positions import first_position, refuse_unplaceable
+from prefixkit.backbones.slots import filled, in_slots, token_vectors
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.injections import (
@@ -32,10 +33,7 @@ from prefixkit.injections import (
     parts_of,
     positions_of,
 )
-from prefixkit.task import load_tokenizer
-
-SLOT = -1
-"""The id in a text's tokens that stands for a slot of a prompt."""
+from prefixkit.task import SLOT_ID, load_tokenizer
 
 
 @dataclass
@@ -83,7 +81,7 @@ class Encoder(Backbone):
 
     def refuse_unplaceable(self, received: Injection) -> None:
         """Refuse text positions that the model cannot give; see `prefixkit.backbones.positions`."""
-        if received.length:
+        if received.length and in_slots(received) is None:
             refuse_unplaceable(self.model, positions_of(received), received.length)
         self.fold(received)
 
@@ -175,20 +173,12 @@ class Encoder(Backbone):
         return load_tokenizer(self.folder).named_id("sep_token")
 
     def _vectors(self, ids: Tensor, prompt: EmbeddingPrompt) -> Tensor:
-        table = self.model.get_input_embeddings()
-        vectors: Tensor = table(ids.clamp(min=0))
-        if vectors.shape[2] != prompt.embeddings.shape[1]:
-            expected, found = f"prompt vectors of width {vectors.shape[2]}", f"{prompt.embeddings.shape[1]}"
-            step = "use a prefix; models that embed in another width than they think in take no prompts here"
-            raise MismatchError(self.identity.family, expected=expected, found=found, next_step=step)
+        if prompt.placement == "slots":
+            return filled(self.model, ids, prompt)
+        vectors = token_vectors(self.model, ids, prompt.embeddings.shape[1])
         rows = prompt.embeddings.to(vectors).expand(len(ids), -1, -1)
-        match prompt.placement:
-            case "slots":
-                return vectors.index_put((ids == SLOT).nonzero(as_tuple=True), rows.flatten(0, 1))
-            case "after_first":
-                return torch.cat([vectors[:, :1], rows, vectors[:, 1:]], dim=1)
-            case _:
-                return torch.cat([rows, vectors], dim=1)
+        begin, _ = rows_before(prompt)
+        return torch.cat([vectors[:, :begin], rows, vectors[:, begin:]], dim=1)
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:
@@ -232,7 +222,7 @@ def _adding(received: Injection | None) -> HiddenPrompt | None:
 def _places(ids: Tensor, prompt: HiddenPrompt) -> Tensor:
     """[batch, seq]: True where something is added."""
     if prompt.placement == "slots":
-        return ids == SLOT
+        return ids == SLOT_ID
     begin = 1 if prompt.placement == "after_first" else 0
     places = torch.zeros_like(ids, dtype=torch.bool)
     places[:, begin : begin + prompt.length] = True

@@ -33,6 +33,10 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
     """
     if isinstance(received, KeyValuePrefix):
         return received
+    if isinstance(received, EmbeddingPrompt) and received.placement != "prepend":
+        found, step = "one in slots of the text", "`prefixkit train` and `prefixkit eval` run it"
+        where = model.config.model_type
+        raise BackboneError(where, expected="keys and values, or a prompt before the text", found=found, next_step=step)
     if not isinstance(received, EmbeddingPrompt):
         kinds = " and ".join(dict.fromkeys(record.kind for record in records_of(received)))
         several = isinstance(received, KeyValuePrefixes)

@@ -45,6 +45,7 @@ def evaluate(
     from prefixkit.cli.training_display import progress_of, quiet_transformers
     from prefixkit.injections import TaskHead, injection, part_of
     from prefixkit.prefix import load
+    from prefixkit.task import without_slots
     from prefixkit.training.scoring import Scoring, score, score_mixture
 
     quiet_transformers()
@@ -53,6 +54,7 @@ def evaluate(
     model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
     given = [injection(file) for file in files]
     # Without its prefix a head still reads the bare model.
+    task = without_slots(task) if no_prefix else task
     received = [part_of(one, TaskHead) for one in given] if no_prefix else given
     how = Scoring(
         progress=progress_of, limit=limit, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens

@@ -1,8 +1,8 @@
 """AutoPrompt (Shin et al. 2020, arXiv 2010.15980): a prompt of real tokens, found by following the gradient.
 
-The search itself is in `prefixkit.training.hotflip`. The file carries the tokens and the vectors that they have. The
-paper's tokens stand in a template of a masked model; here they stand before the text of a decoder. Its search for label
-words is not offered.
+The search itself is in `prefixkit.training.hotflip`, that for label words in `prefixkit.training.label_search`. The
+file carries the tokens and the vectors that they have. They stand in the slots that the task's template marks with
+`{slot}`, as the paper's do, or else before the text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import start
 from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material, Method
+from prefixkit.methods.placement import Place, place_for
+from prefixkit.methods.prompt_tuning import BEFORE
 from prefixkit.settings import at_least, check_types
 
 
@@ -27,7 +28,7 @@ class Settings:
 
     Attributes:
         length: prompt tokens.
-        init: `text` (the training data's own words), `text:WORDS` or `random`.
+        init: `text` (the training data's own words), `text:WORDS`, `random`, or `mask`, as in the paper.
         candidates: how many tokens are tried for a slot in a step.
     """
 
@@ -60,6 +61,7 @@ class AutoPrompt(Method):
         candidates: how many tokens a step tries.
         fixed: how many leading tokens stay.
         excluded: tokens that are never chosen, such as special ones.
+        place: where they stand.
     """
 
     token_ids: Tensor
@@ -74,8 +76,10 @@ class AutoPrompt(Method):
         candidates: int = 10,
         fixed: int = 0,
         excluded: Sequence[int] = (),
+        place: Place = BEFORE,
     ) -> None:
         super().__init__()
+        self.place = place
         self.candidates, self.fixed = candidates, fixed
         self.register_buffer("token_ids", torch.tensor(token_ids))
         self.register_buffer("vocabulary", vocabulary.float(), persistent=False)
@@ -84,19 +88,12 @@ class AutoPrompt(Method):
 
     def forward(self) -> EmbeddingPrompt:
         """The prompt as it stands."""
-        return EmbeddingPrompt(
-            embeddings=self.vectors,
-            positions=Positions(text_start=len(self.token_ids)),
-            token_ids=tuple(self.token_ids.tolist()),
-        )
+        return self.place.prompt(self.vectors, tuple(self.token_ids.tolist()))
 
     @torch.no_grad()
     def fold(self) -> EmbeddingPrompt:
         """The prompt as constants."""
-        made = self()
-        return EmbeddingPrompt(
-            embeddings=made.embeddings.detach().clone(), positions=made.positions, token_ids=made.token_ids
-        )
+        return self.place.prompt(self.vectors.detach().clone(), tuple(self.token_ids.tolist()))
 
     @torch.no_grad()
     def likely_better(self, slot: int) -> list[int]:
@@ -120,7 +117,9 @@ def make(settings: Settings, material: Material) -> AutoPrompt:
         material.backbone.vocabulary,
         candidates=settings.candidates,
         fixed=0 if material.bos_id is None else 1,
-        excluded=material.special_ids,
+        # The words that stand for labels would give the answer away.
+        excluded=sorted({*material.special_ids, *(token for label in material.labels for token in label)}),
+        place=place_for(material),
     )
 
 
@@ -128,6 +127,8 @@ def _start(settings: Settings, material: Material) -> list[int]:
     match settings.init.partition(":"):
         case "text", _, words:
             return repeated(start.words(material, words), settings.length)
+        case "mask", "", _ if material.mask_id is not None:
+            return [material.mask_id] * settings.length
         case "random", "", _:
             generator = torch.Generator().manual_seed(material.seed)
             allowed = sorted(set(range(material.backbone.vocabulary.shape[0])) - set(material.special_ids))

@@ -24,6 +24,8 @@ class MethodEntry:
     paper: str
     head: bool = True
     """Whether a task's head can be trained with it."""
+    slots: str = "none"
+    """Whether it stands in the slots of a template: `none`, `taken` where there are some, or `needed`."""
     command: str = "train"
 
 
@@ -45,6 +47,7 @@ METHODS = {
             trains="input vectors before the text",
             init=("text", "text:WORDS", "vocabulary", "uniform", "uniform:code", "labels", "npy:FILE", "prefix:FILE"),
             paper="Lester et al. 2021, arXiv 2104.08691",
+            slots="taken",
         ),
         MethodEntry(
             name="p-tuning-v2",
@@ -81,18 +84,39 @@ METHODS = {
         MethodEntry(
             name="p-tuning",
             injection="embedding_prompt",
-            backbones=("decoder",),
-            trains="input vectors before the text, through an LSTM or an MLP",
+            backbones=("decoder", "encoder"),
+            trains="input vectors before the text or in slots of it, through an LSTM or an MLP",
             init=("random", "text", "text:WORDS"),
             paper="Liu et al. 2021, arXiv 2103.10385",
+            slots="taken",
+        ),
+        MethodEntry(
+            name="optiprompt",
+            injection="embedding_prompt",
+            backbones=("decoder", "encoder"),
+            trains="vectors in the slots of a cloze template",
+            init=("random", "manual:WORDS"),
+            paper="Zhong et al. 2021, arXiv 2104.05240",
+            slots="needed",
+        ),
+        MethodEntry(
+            name="soft-prompts",
+            injection="hidden_prompt",
+            backbones=("encoder",),
+            trains="what is added to the words of a pattern in every layer; several make a mixture ([[patterns]])",
+            init=("text", "text:WORDS"),
+            paper="Qin & Eisner 2021, arXiv 2104.06599",
+            slots="needed",
+            head=False,
         ),
         MethodEntry(
             name="autoprompt",
             injection="embedding_prompt",
-            backbones=("decoder",),
-            trains="which tokens stand before the text",
-            init=("text", "text:WORDS", "random"),
+            backbones=("decoder", "encoder"),
+            trains="which tokens stand before the text or in slots of it",
+            init=("text", "text:WORDS", "random", "mask"),
             paper="Shin et al. 2020, arXiv 2010.15980",
+            slots="taken",
             head=False,
         ),
         MethodEntry(

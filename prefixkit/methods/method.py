@@ -111,6 +111,8 @@ class Material:
         labels: the answers of the task, tokenised; empty where it has no fixed answers.
         special_ids: tokens that are no text.
         bos_id: the token that the first slot has to hold, where the usage contract promises one.
+        mask_id: the token that a masked language model writes at; None without one.
+        slots: how many the task's template marks for a prompt; 0 puts it before the text.
         seed: for random starts.
         parent: the injection in a prefix file, which is refused where it was made for another backbone.
     """
@@ -122,6 +124,8 @@ class Material:
     labels: Sequence[Sequence[int]] = ()
     special_ids: Sequence[int] = ()
     bos_id: int | None = None
+    mask_id: int | None = None
+    slots: int = 0
     seed: int = 0
 
 

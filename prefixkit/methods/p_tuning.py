@@ -1,7 +1,7 @@
 """P-Tuning (Liu et al. 2021, arXiv 2103.10385): a soft prompt made by a small network, folded away at the end.
 
-The networks are those of the official code: the LSTM of its LAMA part, the MLP of its few-shot part. Its prompts stand
-before the text here; slots elsewhere in the template are not offered.
+The networks are those of the official code: the LSTM of its LAMA part, the MLP of its few-shot part. The prompt stands
+in the slots that the task's template marks with `{slot}`, or else before the text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prefixkit.methods import start
 from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material
+from prefixkit.methods.placement import place_for
 from prefixkit.methods.prompt_tuning import PromptTuning
 from prefixkit.settings import at_least, check_types, one_of
 
@@ -47,7 +48,7 @@ class Settings:
         return 3e-3
 
     def on(self, kind: str) -> Settings:
-        """The same: there is one kind of backbone for it."""
+        """The same on either kind."""
         return self
 
 
@@ -86,7 +87,7 @@ def make(settings: Settings, material: Material) -> PromptTuning:
     """P-Tuning at its start. Raises ConfigError for a start that it does not know."""
     begin, frozen = _start(settings, material), 0 if material.bos_id is None else 1
     network = PromptEncoder(begin[frozen:], encoder=settings.encoder, exact_start=settings.init != "random")
-    return PromptTuning(begin, frozen_slots=frozen, network=network)
+    return PromptTuning(begin, frozen_slots=frozen, network=network, place=place_for(material))
 
 
 def _start(settings: Settings, material: Material) -> Tensor:

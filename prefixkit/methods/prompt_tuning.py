@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt
 from prefixkit.methods import prompt_initialization as initialization
 from prefixkit.methods import start
 from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material, Method
+from prefixkit.methods.placement import Place, place_for
 from prefixkit.methods.reparameterization import MLP, REPARAMETERIZATIONS, Direct, Steps
 from prefixkit.settings import at_least, check_types, one_of
 
@@ -65,6 +65,10 @@ class Settings:
         return self
 
 
+BEFORE = Place()
+"""In front of a decoder's text."""
+
+
 class PromptTuning(Method):
     """A trainable prompt. Calling the module gives the current `EmbeddingPrompt`, with gradients.
 
@@ -73,16 +77,16 @@ class PromptTuning(Method):
         frozen_slots: how many leading vectors stay what they are.
         network: what is trained in the place of the others, giving [prefix - frozen_slots, hidden]; by default they
             themselves.
-        stack: whose input it is, `decoder` or `encoder`.
+        place: where the vectors stand.
     """
 
     frozen: Tensor | None
 
     def __init__(
-        self, start: Tensor, *, frozen_slots: int = 0, network: nn.Module | None = None, stack: str = "decoder"
+        self, start: Tensor, *, frozen_slots: int = 0, network: nn.Module | None = None, place: Place = BEFORE
     ) -> None:
         super().__init__()
-        self.stack = stack
+        self.place = place
         self.register_buffer("frozen", start[:frozen_slots].clone() if frozen_slots else None)
         self.prompt = network if network is not None else Direct(start[frozen_slots:])
 
@@ -91,16 +95,12 @@ class PromptTuning(Method):
         vectors: Tensor = self.prompt()
         if self.frozen is not None:
             vectors = torch.cat([self.frozen, vectors])
-        return self._made(vectors)
+        return self.place.prompt(vectors)
 
     @torch.no_grad()
     def fold(self) -> EmbeddingPrompt:
         """The prompt as constants."""
-        return self._made(self().embeddings.detach().clone())
-
-    def _made(self, vectors: Tensor) -> EmbeddingPrompt:
-        positions = Positions(text_start=vectors.shape[0])
-        return EmbeddingPrompt(embeddings=vectors, positions=positions, stack=self.stack)
+        return self.place.prompt(self().embeddings.detach().clone())
 
 
 def make(settings: Settings, material: Material) -> PromptTuning:
@@ -111,8 +111,7 @@ def make(settings: Settings, material: Material) -> PromptTuning:
         network = MLP(begin[frozen:], hidden=begin.shape[1], bottleneck=settings.bottleneck)
     elif settings.unit == "spread":
         network = Steps(begin[frozen:], unit=material.backbone.vocabulary.std().item())
-    stack = "decoder" if material.backbone.kind == "decoder" else "encoder"
-    return PromptTuning(begin, frozen_slots=frozen, network=network, stack=stack)
+    return PromptTuning(begin, frozen_slots=frozen, network=network, place=place_for(material))
 
 
 def _start(settings: Settings, material: Material) -> Tensor:

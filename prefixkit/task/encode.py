@@ -7,13 +7,14 @@ one. Special tokens that a template spells are special tokens; the same spelling
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.task.chat import Message, chat_template_hash, render_chat
-from prefixkit.task.template import encodable, fill, template_fields
-from prefixkit.task.tokenizer import ModelTokenizer
+from prefixkit.task.template import SLOT_MARK, encodable, fill, slots_in, template_fields
+from prefixkit.task.tokenizer import SLOT_ID, ModelTokenizer
 
 Fields = Mapping[str, str | Sequence[Message]]
 """An input's fields by name. A chat task takes `messages`, or `input` for a conversation of one user message."""
@@ -22,6 +23,17 @@ Fields = Mapping[str, str | Sequence[Message]]
 def input_fields(task: TaskRecord) -> tuple[str, ...]:
     """The names of the fields that an input must have."""
     return template_fields(task.input_template)
+
+
+def slots_of(task: TaskRecord) -> int:
+    """How many slots for a prompt's vectors the task marks."""
+    return slots_in(task.input_template) + task.separator.count("{slot}")
+
+
+def without_slots(task: TaskRecord) -> TaskRecord:
+    """`task` as a model without a prompt is asked."""
+    template, separator = (part.replace("{slot}", "") for part in (task.input_template, task.separator))
+    return replace(task, input_template=template, separator=separator)
 
 
 def encode_prompt(
@@ -41,7 +53,7 @@ def fit_prompt(
     """What `encode_prompt` gives, and how many tokens the input lost for it."""
     head = [bos_id(task, tokenizer)] if task.bos == "after" else []
     body = _conversation(task, tokenizer, fields, where) if is_chat(task) else _input(task, tokenizer, fields, where)
-    separator = tokenizer.encode_marked([(task.separator, True)])
+    separator = separator_ids(task, tokenizer)
     allowed = task.max_length - room - len(head) - len(separator)
     if allowed < 0 or (is_chat(task) and len(body) > allowed):
         raise DataError(
@@ -50,7 +62,17 @@ def fit_prompt(
             found=f"{len(head) + len(separator) + room + (len(body) if is_chat(task) else 0)} that cannot be shortened",
             next_step="shorten it, or raise max_length where the model's context allows",
         )
+    if SLOT_ID in body[allowed:]:
+        step = "write what follows the text, slots and all, into the task's separator, which is never cut"
+        raise DataError(
+            where, expected=f"at most {allowed} tokens up to the last slot", found=f"{len(body)}", next_step=step
+        )
     return head + body[:allowed] + separator, max(0, len(body) - allowed)
+
+
+def separator_ids(task: TaskRecord, tokenizer: ModelTokenizer) -> list[int]:
+    """The ids of the separator, in which `{slot}` marks a slot too."""
+    return tokenizer.encode_marked([(task.separator.replace("{slot}", SLOT_MARK), True)])
 
 
 def encode_target(task: TaskRecord, tokenizer: ModelTokenizer, text: str, *, where: str = "target") -> list[int]:

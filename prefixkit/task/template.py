@@ -8,14 +8,24 @@ from string import Formatter
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.spelling import did_you_mean
 
+SLOT_MARK = "\ufdd0slot\ufdd1"
+"""A slot among the parts of a text: no character that a text can mean."""
+SLOT = "slot"
+"""The name in braces that marks a place for a prompt's vector, and is no field."""
+
 
 def template_fields(template: str) -> tuple[str, ...]:
     """The names of the fields in `template`, in order, each once. Raises ConfigError on a malformed template."""
-    return tuple(dict.fromkeys(name for _, name in _parts(template) if name is not None))
+    return tuple(dict.fromkeys(name for _, name in _parts(template) if name is not None and name != SLOT))
+
+
+def slots_in(template: str) -> int:
+    """How many slots `template` marks. Raises ConfigError on a malformed template."""
+    return sum(name == SLOT for _, name in _parts(template))
 
 
 def fill(template: str, fields: Mapping[str, str], where: str) -> Iterator[tuple[str, bool]]:
-    """The parts of `template` in order as `(text, is_literal)`: False marks a field's value.
+    """The parts of `template` in order as `(text, is_literal)`: False marks a field's value, `SLOT_MARK` a slot.
 
     Raises DataError, placed at `where`, when a field is missing or is not one of the template's.
     """
@@ -30,7 +40,9 @@ def fill(template: str, fields: Mapping[str, str], where: str) -> Iterator[tuple
         raise DataError(where, expected=f"the field {missing[0]!r}", found=_listed(tuple(fields)) or "no field")
     for literal, field in _parts(template):
         yield literal, True
-        if field is not None:
+        if field == SLOT:
+            yield SLOT_MARK, True
+        elif field is not None:
             yield encodable(fields[field], where), False
 
 

@@ -13,6 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from prefixkit.errors import BackboneError
+from prefixkit.task.template import SLOT_MARK
+
+SLOT_ID = -1
+"""The id of a slot among token ids: a prompt's vector stands there."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,18 @@ class ModelTokenizer:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_marked(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
-        """The ids of `(text, trusted)` parts; special tokens are recognised in trusted text only.
+        """The ids of `(text, trusted)` parts; special tokens are recognised in trusted text only, and slots.
 
         Text between two special tokens is tokenised in one go, whoever wrote it.
         """
         ids: list[int] = []
         plain = ""
+        known = {**self.special_ids, SLOT_MARK: SLOT_ID}
         for text, trusted in parts:
             for piece in self._special_pattern.split(text) if trusted else (text,):
-                if trusted and piece in self.special_ids:
+                if trusted and piece in known:
                     ids += self.encode_text(plain) if plain else []
-                    ids.append(self.special_ids[piece])
+                    ids.append(known[piece])
                     plain = ""
                 else:
                     plain += piece
@@ -97,8 +102,8 @@ class ModelTokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
+        longest_first = [*sorted(self.special_ids, key=len, reverse=True), SLOT_MARK]
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @cached_property
     def _recognising(self) -> Tokenizer:

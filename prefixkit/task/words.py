@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.task.encode import bos_id
+from prefixkit.task.encode import bos_id, separator_ids
 from prefixkit.task.template import encodable
 from prefixkit.task.tokenizer import ModelTokenizer
 
@@ -39,7 +39,7 @@ def encode_words(task: TaskRecord, tokenizer: ModelTokenizer, words: Sequence[st
         raise ConfigError(f"task {task.name}", expected=f"an input_template with {FIELD} alone", found=found)
     ids = [bos_id(task, tokenizer)] if task.bos == "after" else []
     ids += tokenizer.encode_marked([(before, True)])
-    end = tokenizer.encode_marked([(after, True)]) + tokenizer.encode_marked([(task.separator, True)])
+    end = tokenizer.encode_marked([(after, True)]) + separator_ids(task, tokenizer)
     pieces = [_pieces(tokenizer, word, index, where) for index, word in enumerate(words)]
     starts: list[int] = []
     for piece in pieces:

@@ -80,7 +80,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a training run, beside the code."""
+    """Everything that decides a training run, beside the code.
+
+    Attributes:
+        objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
+            prompts are trained.
+    """
 
     backbone: str
     data: str
@@ -93,6 +98,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
+    objective: str = "vocabulary"
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -100,6 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self, "")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("objective", self.objective, ("vocabulary", "labels"))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         at_least("--batch-size", self.batch_size, 1)
         at_least("--steps", self.steps, 0)

@@ -11,7 +11,7 @@ from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection, injection
 from prefixkit.methods.method import Material
 from prefixkit.prefix import Prefix, load, matches
-from prefixkit.task import ModelTokenizer
+from prefixkit.task import ModelTokenizer, slots_of
 from prefixkit.training.config import TrainConfig
 
 _FROM_TEXT = ("text", "document")
@@ -46,6 +46,8 @@ def material_for(
         labels=[tokenizer.encode_text(word) for word in _answers(task)] if tokenizer is not None else (),
         special_ids=sorted(tokenizer.special_ids.values()) if tokenizer is not None else (),
         bos_id=_promised_bos(config, backbone, task, tokenizer) if tokenizer is not None else None,
+        mask_id=tokenizer.named_id("mask_token") if tokenizer is not None else None,
+        slots=slots_of(task),
         seed=config.seed,
     )
 

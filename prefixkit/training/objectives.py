@@ -38,6 +38,25 @@ class Distillation:
         return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted)
 
 
+@dataclass(frozen=True)
+class AmongLabels:
+    """The cross-entropy of the targets among the words that stand for labels, as PET and null prompts are trained.
+
+    Attributes:
+        words: the token of each label.
+    """
+
+    words: tuple[int, ...]
+
+    def __call__(self, backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
+        """The summed loss of a batch, which has one target an example."""
+        labels = batch.labels.to(backbone.device)
+        known = torch.tensor(self.words, device=backbone.device)
+        right = (labels[labels != -100][:, None] == known).long().argmax(dim=1)
+        logits = _target_logits(backbone, batch, received)[:, known]
+        return F.cross_entropy(logits.float(), right, reduction="sum")
+
+
 def _target_logits(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     labels = batch.labels.to(backbone.device)
     tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)

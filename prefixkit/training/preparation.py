@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +20,11 @@ from prefixkit.injections import Injection
 from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.method import Method
 from prefixkit.prefix import Prefix
-from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer
+from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer, slots_of
 from prefixkit.training.config import TrainConfig, files_of
 from prefixkit.training.examples import collate_for, encode, read, with_labels
 from prefixkit.training.material import material_for
-from prefixkit.training.objectives import Distillation, Objective, next_token
+from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
 from prefixkit.training.reading import answer_loss
 from prefixkit.training.start import method_for
@@ -73,6 +74,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
     backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
+    config = _in_slots(config, task)
     examples = read(config.data, task)
     task = with_labels(task, examples, config.data)
     encoded = encode(task, tokenizer, backbone, examples)
@@ -91,7 +93,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
         backbone=backbone,
         task=task,
         method=method,
-        objective=_objective(task, teacher),
+        objective=_objective(config, backbone, task, material.labels, teacher),
         batches=batches,
         validation=encode(task, tokenizer, backbone, held_out),
         total_steps=_total_steps(config, batches.steps_per_epoch),
@@ -111,11 +113,43 @@ def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTok
     tokenizer = load_tokenizer(backbone.folder)
     room = room_for_text(backbone, config.method.length)
     task = load_task(config.task, tokenizer, max_length=room, kind=backbone.kind)
+    _check_slots(config.method.name, task)
     filler = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.named_id("sep_token")
     return replace(task, filler_id=filler if task.filler_id is None else task.filler_id), tokenizer
 
 
-def _objective(task: TaskRecord, teacher: Injection | None) -> Objective:
+def _check_slots(method: str, task: TaskRecord) -> None:
+    """Raise ConfigError for slots that a method does not fill, or for none where it needs some."""
+    slots, needs = slots_of(task), METHODS[method].slots
+    if slots and needs == "none":
+        step = f"use --method {' or '.join(name for name, entry in METHODS.items() if entry.slots != 'none')}"
+        raise ConfigError(f"--method {method}", expected="a task without slots", found=f"{slots}", next_step=step)
+    if not slots and needs == "needed":
+        step = 'write {slot} into its templates, such as "{cls}{text}{slot}{slot}{mask}{slot}"'
+        raise ConfigError(f"--method {method}", expected="a task with slots", found="none", next_step=step)
+
+
+def _in_slots(config: TrainConfig, task: TaskRecord) -> TrainConfig:
+    """`config` with a vector for each slot of the task, where it has some."""
+    slots = slots_of(task)
+    if not slots:
+        return config
+    method: Any = config.method
+    return replace(config, method=replace(method, length=slots))
+
+
+def _objective(
+    config: TrainConfig,
+    backbone: Backbone,
+    task: TaskRecord,
+    words: Sequence[Sequence[int]],
+    teacher: Injection | None,
+) -> Objective:
+    if config.objective == "labels":
+        if backbone.kind != "encoder" or task.verbalizer is None or any(len(word) != 1 for word in words):
+            expected = "an encoder and a verbalizer of single tokens for the objective 'labels'"
+            raise ConfigError("objective", expected=expected, found=f"{backbone.kind}, task {task.name}")
+        return AmongLabels(tuple(token for (token,) in words))
     if task.answer is not None:
         return answer_loss
     return next_token if teacher is None else Distillation(teacher)

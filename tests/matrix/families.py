@@ -105,7 +105,8 @@ def _settings(method: str, family: str, path: Path) -> list[str]:
     if (method, family) == ("bitfit", "llama"):
         # Llama has no bias.
         return ["--set", "method.parameters=layernorm"]
-    takes_places = method not in ("bitfit", "linear-probe") and not (kind == "encoder" and method in SLOTTED)
+    slotted = method == "optiprompt" or (kind == "encoder" and method in SLOTTED)
+    takes_places = method not in ("bitfit", "linear-probe") and not slotted
     return ["--length", "4"] if takes_places else []
 
 
@@ -115,6 +116,8 @@ def _data(method: str, kind: str, path: Path) -> tuple[Path, str]:
         return _images(path / "images.npz"), "images"
     if kind == "encoder" and method in SLOTTED:
         return _labelled(path / "data.jsonl"), str(_cloze(path / "cloze.toml"))
+    if method == "optiprompt":
+        return _pairs(path / "data.jsonl"), str(_infix(path / "infix.toml"))
     if kind == "encoder" or method in ("p-tuning-v2", "linear-probe"):
         return _labelled(path / "data.jsonl"), "classification"
     return _pairs(path / "data.jsonl"), "text"
@@ -136,6 +139,11 @@ def _pairs(path: Path) -> Path:
 
 def _cloze(path: Path) -> Path:
     path.write_text('input_template = "{cls}{text}{slot}{slot}{mask}{slot}"\n[verbalizer]\na = "a"\nb = "b"\n')
+    return path
+
+
+def _infix(path: Path) -> Path:
+    path.write_text('separator = " {slot}{slot}\\n"\n')
     return path
 
 
