@@ -17,6 +17,7 @@ from prefixkit.task.encode import encode_prompt as encode_prompt
 from prefixkit.task.encode import encode_target as encode_target
 from prefixkit.task.encode import fit_prompt as fit_prompt
 from prefixkit.task.encode import input_fields as input_fields
+from prefixkit.task.encode import spelled_ids as spelled_ids
 from prefixkit.task.encode import stop_ids as stop_ids
 from prefixkit.task.images import image_task as image_task
 from prefixkit.task.tokenizer import ModelTokenizer as ModelTokenizer
