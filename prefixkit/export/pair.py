@@ -38,10 +38,9 @@ def refuse_for_pair(prefix: Prefix | None, dtype: str, baked: bool) -> None:
         # T5 keeps some of its weights in float32, and both clamp what overflows.
         raise ConfigError("--dtype", expected="float32 for an encoder-decoder", found=dtype)
     kinds = {record.kind for record in prefix.manifest.injections} if prefix is not None else set()
-    if kinds > {"key_value_prefix"}:
-        expected, found = "keys and values for an encoder-decoder", " and ".join(sorted(kinds - {"key_value_prefix"}))
-        step = "`prefixkit eval` runs it"
-        raise InputError("export --onnx", expected=expected, found=found, next_step=step)
+    others = " and ".join(sorted(kinds - {"key_value_prefix"}))
+    if others:
+        raise InputError("export --onnx", expected="keys and values for an encoder-decoder", found=others)
 
 
 def load_pair(backbone: Backbone | str | Path, dtype: str) -> EncoderDecoder:

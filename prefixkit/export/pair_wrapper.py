@@ -1,7 +1,7 @@
 """An encoder-decoder as two functions of flat tensors, which is what two graphs can be traced from.
 
-Where the model's own code counts slots (BART's positions, T5's bias by distance), these count real tokens of the text:
-padding and prefix slots may then lie anywhere before it, and differ from row to row.
+Where the decoder's own code counts slots (BART's positions, T5's bias by distance), these count real tokens of the
+text: padding and prefix slots may then lie anywhere before it, and differ from row to row.
 """
 
 from __future__ import annotations

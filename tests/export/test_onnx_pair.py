@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,9 +18,10 @@ from prefixkit.cli import run
 from prefixkit.errors import BackboneError, ConfigError, InputError, MismatchError, ParityError
 from prefixkit.export.onnx import Exported, export_onnx
 from prefixkit.export.pair_report import DECODER, ENCODER
+from prefixkit.format.manifest import Positions
 from prefixkit.format.names import ATTENTIONS
-from prefixkit.injections import KeyValuePrefixes
-from prefixkit.prefix import save
+from prefixkit.injections import EmbeddingPrompt, KeyValuePrefixes
+from prefixkit.prefix import Prefix, save
 from prefixkit.serving import pair_runtime
 from prefixkit.serving.pair_prefix import ServedPrefixes
 from prefixkit.serving.pair_runtime import PairRuntime
@@ -277,6 +279,13 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(options: dict, mess
     prefix = random_pair_prefix(load_pair("bart"))
     with pytest.raises(ConfigError, match=message):
         export_onnx(prefix, "no-such-folder", tmp_path / "served", **options)
+
+
+def test_a_prompt_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    prompt = EmbeddingPrompt(embeddings=torch.ones(4, 64), positions=Positions(text_start=4), stack="encoder")
+    manifest = replace(random_pair_prefix(load_pair("bart")).manifest, injections=(prompt.record(),))
+    with pytest.raises(InputError, match="expected keys and values for an encoder-decoder; found embedding_prompt"):
+        export_onnx(Prefix(manifest, prompt.arrays()), "no-such-folder", tmp_path / "served")
 
 
 def test_a_prefix_for_another_kind_of_backbone_is_refused(tmp_path: Path) -> None:
