@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit.export.wrapper import takes_positions
 from prefixkit.injections import KeyValuePrefix
+from prefixkit.serving.generation import Batch
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.runtime import Runtime
 
@@ -32,7 +33,8 @@ _LAST_PLACES = 5
 _TIMES_PYTORCH = 3
 _OF_THE_LARGEST = 0.02
 _LENGTHS = (24, 3, 1, 9)
-_STEPS = 3
+STEPS = 3
+"""Tokens that are fed one by one at the end of each row."""
 SEED = 20210101
 
 
@@ -77,23 +79,22 @@ class CaseResult:
 
 def compare(name: str, runtime: Runtime, models: Models, pairs: Sequence[Pair], room: int) -> CaseResult:
     """Run one batch in both, one row for each pair, and compare every logit; `room` is the longest text that fits."""
-    steps = min(_STEPS, room - 1)
-    rows = _texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
+    steps = min(STEPS, room - 1)
+    rows = texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
     prefixes = [_as_exported(pair.torch, models.exported.dtype) for pair in pairs]
-    found = _served(runtime, rows, [pair.served for pair in pairs], steps)
+    found = fed(runtime.start([pair.served for pair in pairs]), rows, steps)
     wanted = _each_alone(models.exact, rows, prefixes)
     # A row without a prefix is its own bare row, and has no effect.
     bare = _each_alone(models.exact, rows, [None] * len(rows)) if any(prefixes) else wanted
     rounded = None if models.exported is models.exact else _each_alone(models.exported, rows, prefixes)
-    own = None if rounded is None else _largest_distance(rounded, wanted)
-    largest = max(float(np.abs(logits).max()) for logits in wanted)
+    own = None if rounded is None else largest_distance(rounded, wanted)
     return CaseResult(
         name=name,
         rows=tuple(map(len, rows)),
-        max_abs_difference=_largest_distance(found, wanted),
+        max_abs_difference=largest_distance(found, wanted),
         pytorch_difference=own,
-        effect=_largest_distance(wanted, bare) if any(prefixes) else None,
-        tolerance=tolerance(str(runtime.dtype), largest, own),
+        effect=largest_distance(wanted, bare) if any(prefixes) else None,
+        tolerance=tolerance(str(runtime.dtype), largest(wanted), own),
     )
 
 
@@ -109,19 +110,19 @@ def tolerance(dtype: str, largest: float, own: float | None) -> float:
     return max(TOLERANCE[dtype], min(_TIMES_PYTORCH * own, _OF_THE_LARGEST * largest))
 
 
-def _texts(rows: int, longest: int, steps: int, vocabulary: int) -> list[list[int]]:
-    random = np.random.default_rng(SEED)
+def texts(rows: int, longest: int, steps: int, vocabulary: int, seed: int = SEED) -> list[list[int]]:
+    """Random token ids of different lengths: at most `longest`, and `steps` more."""
+    random = np.random.default_rng(seed)
     lengths = [max(1, min(_LENGTHS[row % len(_LENGTHS)], longest)) + steps for row in range(rows)]
     return [random.integers(0, vocabulary, length).tolist() for length in lengths]
 
 
-def _served(runtime: Runtime, rows: list[list[int]], prefixes: list[ServedPrefix | None], steps: int) -> list[Array]:
+def fed(batch: Batch, rows: list[list[int]], steps: int) -> list[Array]:
     """The logits [tokens, vocab] of each row: all but the last `steps` tokens in one go, the rest one by one."""
-    decoding = runtime.start(prefixes)
-    first = decoding.feed([row[: len(row) - steps] for row in rows])
+    first = batch.feed([row[: len(row) - steps] for row in rows])
     pieces = [[first[index, first.shape[1] - (len(row) - steps) :]] for index, row in enumerate(rows)]
     for step in range(steps, 0, -1):
-        logits = decoding.feed([[row[-step]] for row in rows])
+        logits = batch.feed([[row[-step]] for row in rows])
         for index, piece in enumerate(pieces):
             piece.append(logits[index])
     return [np.concatenate(piece) for piece in pieces]
@@ -157,6 +158,11 @@ def _alone(model: PreTrainedModel, row: list[int], prefix: KeyValuePrefix | None
     return result
 
 
-def _largest_distance(some: Sequence[Array], others: Sequence[Array]) -> float:
+def largest(rows: Sequence[Array]) -> float:
+    """The largest absolute logit."""
+    return max(float(np.abs(logits).max()) for logits in rows)
+
+
+def largest_distance(some: Sequence[Array], others: Sequence[Array]) -> float:
     distance = max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
     return distance if np.isfinite(distance) else float("inf")

@@ -10,6 +10,8 @@ from typing import Any
 
 from prefixkit import __version__
 from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.encoder_decoder import EncoderDecoder
+from prefixkit.export.pair_report import pair_parts
 from prefixkit.export.parity import CaseResult
 from prefixkit.export.tracing import OPSET
 from prefixkit.export.wrapper import takes_positions
@@ -24,19 +26,21 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
 
 def report_document(
-    folder: Path, decoder: Decoder, prefix: Prefix | None, *, dtype: str, baked: bool, weights: str
+    folder: Path, backbone: Decoder | EncoderDecoder, prefix: Prefix | None, *, dtype: str, baked: bool, weights: str
 ) -> dict[str, Any]:
-    """Everything but what verification adds, of the graph that lies in `folder`."""
+    """Everything but what verification adds, of the graphs that lie in `folder`."""
+    own = pair_parts(backbone) if isinstance(backbone, EncoderDecoder) else _parts(backbone, prefix, baked)
+    common = {"opset": OPSET, "dtype": dtype, "logits_dtype": "float32", "weights": weights}
+    files = [asdict(file) for file in listed(folder, folder / own["graph"]["file"])]
     return {
         "version": VERSION,
         "prefixkit": __version__,
         "target": "portable",
-        "backbone": document(decoder.identity),
-        "graph": _graph(folder, decoder, dtype, weights),
-        "model": _model(decoder),
+        "backbone": document(backbone.identity),
         "prefix": None if prefix is None else _prefix(prefix, baked),
-        "contract": _contract(decoder, prefix, baked),
         "versions": {**{name: version(name) for name in _PACKAGES}, "onnxruntime": _onnxruntime()},
+        **own,
+        "graph": {**own["graph"], "files": files, **common},
     }
 
 
@@ -45,19 +49,15 @@ def with_results(draft: Mapping[str, Any], cases: Sequence[CaseResult], seconds:
     return {**draft, "parity": [asdict(case) for case in cases], "seconds": dict(seconds)}
 
 
-def _graph(folder: Path, decoder: Decoder, dtype: str, weights: str) -> dict[str, Any]:
+def _parts(decoder: Decoder, prefix: Prefix | None, baked: bool) -> dict[str, Any]:
+    """What is said of a decoder alone."""
     inputs = dict(INPUTS)
     if not takes_positions(decoder.model):
         del inputs["position_ids"]
     return {
-        "file": GRAPH,
-        "files": [asdict(file) for file in listed(folder, folder / GRAPH)],
-        "opset": OPSET,
-        "dtype": dtype,
-        "logits_dtype": "float32",
-        "weights": weights,
-        "inputs": inputs,
-        "outputs": dict(OUTPUTS),
+        "graph": {"file": GRAPH, "inputs": inputs, "outputs": dict(OUTPUTS)},
+        "model": _model(decoder),
+        "contract": _contract(decoder, prefix, baked),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript.optimizer import optimize_ir
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixkit import __version__
@@ -36,21 +36,52 @@ def trace(
     Weights are as the checkpoint stores them, with a Transpose node where the graph needs them otherwise; onnxruntime
     folds those when it loads the graph. `baked` is a prefix that becomes part of the graph.
     """
-    with _traceable(model), _quiet():
-        program: Any = torch.onnx.export(
-            FlatDecoder(model, geometry, baked).eval(),
+    with _traceable(model):
+        graph = graph_of(
+            FlatDecoder(model, geometry, baked),
             _example(model, geometry),
+            _dynamic(len(geometry)),
+            inputs=_names(INPUTS, len(geometry)),
+            outputs=_names(OUTPUTS, len(geometry)),
+            shape=_shape,
+        )
+    for unused in [value for value in graph.graph.inputs if not value.uses() and value.name == INPUTS["position_ids"]]:
+        graph.graph.inputs.remove(unused)
+    return graph
+
+
+def graph_of(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    dynamic: Any,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    shape: Callable[[ir.Value], ir.Shape],
+) -> ir.Model:
+    """What `module` does with its arguments, as a graph.
+
+    Args:
+        example: arguments, of sizes that differ from each other and from 0 and 1, which are taken for constants.
+        dynamic: by argument, which of their dimensions may have other sizes.
+        inputs, outputs: names, in the order of the arguments and of what `module` returns.
+        shape: how an input's or output's dimensions are to be called.
+    """
+    with _quiet():
+        program: Any = torch.onnx.export(
+            module.eval(),
+            example,
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            input_names=_names(INPUTS, len(geometry)),
-            output_names=_names(OUTPUTS, len(geometry)),
-            dynamic_shapes=_dynamic(len(geometry)),
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
         )
         graph: ir.Model = program.model
         optimize_ir(graph, onnx_shape_inference=False, should_fold=_not_transposes)
-    _tidy(graph)
+    _tidy(graph, shape)
     return graph
 
 
@@ -114,17 +145,15 @@ def _not_transposes(node: ir.Node) -> bool | None:
     return False if node.op_type == "Transpose" else None
 
 
-def _tidy(graph: ir.Model) -> None:
+def _tidy(graph: ir.Model, shape: Callable[[ir.Value], ir.Shape]) -> None:
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name, graph.producer_version = "prefixkit", __version__
     for value in (*graph.graph.inputs, *graph.graph.outputs):
-        value.shape = _shape(value)
+        value.shape = shape(value)
     for node in ir.traversal.RecursiveGraphIterator(graph.graph):
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
-    for unused in [value for value in graph.graph.inputs if not value.uses() and value.name == INPUTS["position_ids"]]:
-        graph.graph.inputs.remove(unused)
     for name, initializer in list(graph.graph.initializers.items()):
         initializer.name = name.removeprefix("model.")
         initializer.metadata_props.clear()

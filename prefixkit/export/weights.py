@@ -104,6 +104,9 @@ def _large(graph: ir.Model) -> list[ir.Value]:
 def _beside(file: Path, folder: Path) -> Path:
     """`file` in `folder`, as the same file where the file system can, else as a copy."""
     source, target = file.resolve(), folder / file.name
+    if target.exists():
+        # Another graph of the same folder has brought it.
+        return target
     try:
         # A read-only file could not be flushed to disk through its second name.
         if not os.access(source, os.W_OK):

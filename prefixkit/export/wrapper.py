@@ -56,10 +56,10 @@ class FlatDecoder(nn.Module):
         ).logits
         return (logits.float(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
-    def _layer(self, index: int, key: Tensor, value: Tensor) -> _Layer:
+    def _layer(self, index: int, key: Tensor, value: Tensor) -> PastLayer:
         if not self.length:
-            return _Layer(key, value)
-        return _Layer(key, value, getattr(self, f"prefix_{index}_key"), getattr(self, f"prefix_{index}_value"))
+            return PastLayer(key, value)
+        return PastLayer(key, value, getattr(self, f"prefix_{index}_key"), getattr(self, f"prefix_{index}_value"))
 
     def _mask(self, attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Any:
         if not self.windows:
@@ -68,7 +68,7 @@ class FlatDecoder(nn.Module):
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
+class PastLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's cache: keeps past and present, and shows attention a baked prefix before them."""
 
     def __init__(self, key: Tensor, value: Tensor, *prefix: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from prefixkit.errors import InputError
-from prefixkit.serving.prefix_table import ServedPrefix
-from prefixkit.serving.runtime import Runtime
+from prefixkit.serving.pair_prefix import ServedPrefixes
+from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.sampling import Sampler, Sampling
 from prefixkit.serving.streaming import TextStream
 from prefixkit.task import ModelTokenizer
@@ -18,12 +18,17 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One row to write: its token ids, what stands before them, and where it ends."""
+    """One row to write: its token ids, what stands before them, and where it ends.
+
+    A decoder goes on where the ids end; an encoder-decoder reads them and then begins to write.
+    """
 
     ids: Sequence[int]
-    prefix: ServedPrefix | None
+    prefix: ServedPrefix | ServedPrefixes | None
     stop: Sequence[int]
     max_new_tokens: int
+    silent: Set[int] = frozenset()
+    """Tokens that are written but belong to no text, such as the BOS that BART begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Completion:
 
     Attributes:
         text: without white space at either end.
-        token_ids: those of the text, without the stop token.
+        token_ids: what was written, without the stop token.
         finish: `stop` after a stop token, `length` when the tokens allowed were used up.
         prompt_tokens: how many tokens the prompt had.
     """
@@ -64,8 +69,22 @@ class _Row:
     done: bool = False
 
 
+class Batch(Protocol):
+    """A batch in a runtime."""
+
+    def feed(self, rows: Sequence[Sequence[int]]) -> Array:
+        """Append token ids to each row and return their logits [batch, seq, vocab], padded on the left."""
+
+
+class AnyRuntime(Protocol):
+    """`prefixkit.serving.runtime.Runtime`, or that of an encoder-decoder."""
+
+    def begin(self, prefixes: Sequence[Any], texts: Sequence[Sequence[int]]) -> tuple[Batch, Sequence[Sequence[int]]]:
+        """A batch with a row for each prompt, and the token ids to feed it first."""
+
+
 def write(
-    runtime: Runtime, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], sampling: Sampling
+    runtime: AnyRuntime, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Iterator[Piece]:
     """Write every prompt in one batch. A row that has stopped waits as padding until the others have.
 
@@ -81,9 +100,9 @@ def write(
     return _loop(runtime, rows)
 
 
-def _loop(runtime: Runtime, rows: list[_Row]) -> Iterator[Piece]:
-    decoding = runtime.start([row.prompt.prefix for row in rows])
-    fed: list[Sequence[int]] = [row.prompt.ids for row in rows]
+def _loop(runtime: AnyRuntime, rows: list[_Row]) -> Iterator[Piece]:
+    prompts = [row.prompt for row in rows]
+    decoding, fed = runtime.begin([prompt.prefix for prompt in prompts], [prompt.ids for prompt in prompts])
     while True:
         # Padding is on the left, so the last column is every row's newest token.
         logits = decoding.feed(fed)[:, -1]
@@ -99,7 +118,7 @@ def _advance(row: _Row, index: int, token: int) -> Piece:
     if token in row.prompt.stop:
         return _finish(row, index, "stop", "")
     row.written.append(token)
-    text = row.stream.push(token)
+    text = "" if token in row.prompt.silent else row.stream.push(token)
     row.text += text
     if len(row.written) == row.prompt.max_new_tokens:
         return _finish(row, index, "length", text)

@@ -38,19 +38,25 @@ def served(prefix: Prefix, dtype: np.dtype[Any]) -> ServedPrefix:
     Raises:
         InputError: a prefix without keys and values, or with numbers that float16 cannot hold.
     """
-    tensors = tuple(array for pair in key_values(prefix) for array in pair)
+    tensors = converted(prefix, "decoder", "self", dtype)
+    record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
+    text_start = record.positions.text_start if record.positions is not None else tensors[0].shape[1]
+    return ServedPrefix(tensors, tensors[0].shape[1], text_start, prefix.manifest.task)
+
+
+def converted(prefix: Prefix, stack: str, attention: str, dtype: np.dtype[Any]) -> tuple[Array, ...]:
+    """Key and value of each layer of an attention, in `dtype`. Raises InputError as `served` does."""
+    tensors = tuple(array for pair in key_values(prefix, stack=stack, attention=attention) for array in pair)
     # float32 first: bfloat16 reaches float16 only through it.
-    converted = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)
-    if not all(np.isfinite(array).all() for array in converted):
+    made = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)
+    if not all(np.isfinite(array).all() for array in made):
         raise InputError(
             f"prefix for {prefix.manifest.backbone.name}",
             expected=f"numbers that {dtype} can hold",
             found="larger ones",
             next_step="use a float32 export",
         )
-    record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
-    text_start = record.positions.text_start if record.positions is not None else converted[0].shape[1]
-    return ServedPrefix(converted, converted[0].shape[1], text_start, prefix.manifest.task)
+    return made
 
 
 def stacked(
@@ -65,3 +71,11 @@ def stacked(
             for rows, tensor in zip(batch, prefix.tensors, strict=True):
                 rows[row, :, -prefix.length :] = tensor
     return batch
+
+
+def real_slots(prefixes: Sequence[ServedPrefix | None]) -> Array:
+    """[batch, longest]: 1 where `stacked` has a slot, 0 where it has padding."""
+    lengths = np.array([prefix.length if prefix is not None else 0 for prefix in prefixes], dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    mask: Array = (np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)
+    return mask

@@ -9,7 +9,7 @@ from dataclasses import replace
 from prefixkit.errors import InputError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.serving.report import ExportedFolder
-from prefixkit.task import Fields, ModelTokenizer, check_task, encode_prompt, input_fields, stop_ids
+from prefixkit.task import Fields, ModelTokenizer, check_task, encode_prompt, input_fields, load_task, stop_ids
 from prefixkit.task.encode import is_chat
 
 DEFAULT_NEW_TOKENS = 128
@@ -37,8 +37,10 @@ def encode(
     return ids, stop_ids(task, tokenizer)
 
 
-def plain_text(tokenizer: ModelTokenizer) -> TaskRecord:
-    """The contract of a bare model: text is continued as it stands."""
+def plain_text(tokenizer: ModelTokenizer, *, paired: bool = False) -> TaskRecord:
+    """The contract of a bare model: text is continued as it stands, or read by an encoder as the task `text` has it."""
+    if paired:
+        return load_task("text", tokenizer, max_length=_UNBOUNDED, kind="encoder-decoder")
     return TaskRecord(
         name="plain",
         input_template="{input}",
@@ -67,6 +69,19 @@ def room_for(task: TaskRecord, context: int | None, tokens: int, asked: int | No
         expected = f"at most {max(limit - least, 0)} tokens, which leave {least} of the {limit} that {whose}"
         raise InputError(where, expected=expected, found=f"{tokens}", next_step="shorten it")
     return (context or _UNBOUNDED) - tokens
+
+
+def room_behind_source(task: TaskRecord, context: int | None, tokens: int, asked: int | None, where: str) -> int:
+    """How many tokens an encoder-decoder can write: all that its context has, which the source of `tokens` also may.
+
+    Raises:
+        InputError: too long a source, or one that leaves too little of the task's `max_length`, which counts both.
+    """
+    room_for(task, None, tokens, asked, where)
+    if context is not None and tokens > context:
+        expected = f"at most {context} tokens, the context"
+        raise InputError(where, expected=expected, found=f"{tokens}", next_step="shorten it")
+    return context or _UNBOUNDED
 
 
 def new_tokens(asked: int | None, room: int, where: str) -> int:

@@ -38,7 +38,9 @@ class ExportedFolder:
         folder: where it was read.
         backbone: the frozen model in the graph.
         graph: the file, relative to `folder`.
-        files: that file and those beside it, as they were exported; none in reports of before they were listed.
+        encoder: the encoder's file, where `graph` is the decoder of an encoder-decoder; None otherwise.
+        start: the token that such a decoder begins with.
+        files: those files and what is beside them, as they were exported; none in reports of before they were listed.
         dtype: of past and present, `float32` or `float16`.
         takes_positions: whether the graph has the input `position_ids`.
         prefix_file: the prefix beside the graph, relative to `folder`; None without one, or where it is baked.
@@ -55,6 +57,8 @@ class ExportedFolder:
     prefix_file: str | None
     prefix: Manifest | None
     baked: bool
+    encoder: str | None = None
+    start: int | None = None
 
 
 def read_report(folder: str | Path) -> ExportedFolder:
@@ -82,6 +86,7 @@ _GRAPH = record(
     {"file": _FILE, "dtype": one_of(("float32", "float16")), "inputs": mapping(text())},
     {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
 )
+_ENCODER = record({"file": _FILE, "decoder_start_token_id": integer(0)})
 
 
 def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
@@ -91,6 +96,8 @@ def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
     yield from found
     if not found and "decoder" not in stored["backbone"]["stacks"]:
         yield Problem("/backbone/stacks", "expected a decoder; found none")
+    if not found and "encoder" in stored["backbone"]["stacks"]:
+        yield from _ENCODER("/encoder", _picked(stored.get("encoder"), "file", "decoder_start_token_id"))
     prefix = stored.get("prefix")
     if prefix is not None:
         yield from _prefix_problems(prefix)
@@ -120,9 +127,11 @@ def _picked(stored: Any, *names: str) -> Any:
 
 def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
     graph, prefix = stored["graph"], stored.get("prefix")
+    backbone = parse_backbone(stored["backbone"])
+    encoder = stored["encoder"] if "encoder" in backbone.stacks else {}
     return ExportedFolder(
         folder=folder,
-        backbone=parse_backbone(stored["backbone"]),
+        backbone=backbone,
         graph=graph["file"],
         files=tuple(GraphFile(**file) for file in graph.get("files", ())),
         dtype=graph["dtype"],
@@ -130,4 +139,6 @@ def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
         prefix_file=prefix.get("file") if prefix is not None else None,
         prefix=parse(prefix["manifest"]) if prefix is not None else None,
         baked=prefix is not None and prefix["baked"],
+        encoder=encoder.get("file"),
+        start=encoder.get("decoder_start_token_id"),
     )

@@ -11,13 +11,15 @@ from prefixkit.format.digest import tokenizer_hash
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix, load, matches
 from prefixkit.serving.generation import Completion, Piece, Prompt, write
+from prefixkit.serving.pair_prefix import ServedPrefixes, served_prefixes
+from prefixkit.serving.pair_runtime import PairRuntime
 from prefixkit.serving.prefix_table import ServedPrefix, served
-from prefixkit.serving.prompts import baked_start, encode, new_tokens, plain_text, room_for
+from prefixkit.serving.prompts import baked_start, encode, new_tokens, plain_text, room_behind_source, room_for
 from prefixkit.serving.report import read_report
 from prefixkit.serving.runtime import Device, Runtime
 from prefixkit.serving.sampling import GREEDY, Sampling
 from prefixkit.spelling import did_you_mean
-from prefixkit.task import Fields, ModelTokenizer, load_tokenizer
+from prefixkit.task import Fields, ModelTokenizer, load_tokenizer, spelled_ids
 
 OWN = "own"
 """The name of the prefix that came with the folder."""
@@ -46,9 +48,11 @@ class Session:
             InputError: no exported folder, a damaged one, or a device that cannot be had.
         """
         self.report = read_report(folder)
-        self.runtime = Runtime(self.report, device=device, threads=threads)
+        self._pair = self.report.encoder is not None
+        runtime = PairRuntime if self._pair else Runtime
+        self.runtime: Runtime | PairRuntime = runtime(self.report, device=device, threads=threads)
         self.device = self.runtime.device
-        self.prefixes: dict[str, ServedPrefix] = {}
+        self.prefixes: dict[str, ServedPrefix | ServedPrefixes] = {}
         if self.report.prefix_file is not None:
             self.add_prefix(OWN, self.report.folder / self.report.prefix_file)
 
@@ -82,11 +86,16 @@ class Session:
         own = self.report.prefix is not None and loaded.manifest.content == self.report.prefix.content
         # The folder's own prefix was checked when it was exported.
         matches(loaded, self.report.backbone, allow_mismatch=allow_mismatch or own)
-        made = served(loaded, self.runtime.dtype)
+        self.prefixes[name] = self._served(name, loaded)
+
+    def _served(self, name: str, prefix: Prefix) -> ServedPrefix | ServedPrefixes:
+        if self._pair:
+            return served_prefixes(prefix, self.runtime.dtype)
+        made = served(prefix, self.runtime.dtype)
         if not self.report.takes_positions and made.text_start != made.length:
             expected = f"a text that starts at {made.length}: the model counts its prefix"
             raise ConfigError(f"prefix {name!r}", expected=expected, found=f"one that starts at {made.text_start}")
-        self.prefixes[name] = made
+        return made
 
     def generate(
         self,
@@ -138,15 +147,30 @@ class Session:
         prefix = self.prefixes[name] if name is not None else None
         task = self._task(prefix)
         ids, stop = encode(task, self.tokenizer, given, where)
-        start = prefix.text_start if prefix is not None else baked_start(self.report)
-        length = self.report.backbone.context_length
-        room = room_for(task, length - start if length is not None else None, len(ids), max_new_tokens, where)
-        return Prompt(ids=ids, prefix=prefix, stop=stop, max_new_tokens=new_tokens(max_new_tokens, room, where))
+        room = self._room(task, prefix, len(ids), max_new_tokens, where)
+        return Prompt(
+            ids=ids,
+            prefix=prefix,
+            stop=stop,
+            max_new_tokens=new_tokens(max_new_tokens, room, where),
+            silent=spelled_ids(task, self.tokenizer),
+        )
 
-    def _task(self, prefix: ServedPrefix | None) -> TaskRecord:
+    def _room(
+        self, task: TaskRecord, prefix: ServedPrefix | ServedPrefixes | None, tokens: int, asked: int | None, where: str
+    ) -> int:
+        length = self.report.backbone.context_length
+        if self._pair:
+            return room_behind_source(task, length, tokens, asked, where)
+        start = prefix.text_start if prefix is not None else baked_start(self.report)
+        return room_for(task, length - start if length is not None else None, tokens, asked, where)
+
+    def _task(self, prefix: ServedPrefix | ServedPrefixes | None) -> TaskRecord:
         """The prefix's own usage contract, else that of the folder's prefix, else plain text."""
         exported = self.report.prefix.task if self.report.prefix is not None else None
-        return (prefix.task if prefix is not None else None) or exported or plain_text(self.tokenizer)
+        return (
+            (prefix.task if prefix is not None else None) or exported or plain_text(self.tokenizer, paired=self._pair)
+        )
 
     def _names(self, prefix: str | Sequence[str | None] | None, count: int) -> list[str | None]:
         names = [prefix] * count if prefix is None or isinstance(prefix, str) else list(prefix)

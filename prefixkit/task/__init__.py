@@ -18,6 +18,7 @@ from prefixkit.task.encode import encode_target as encode_target
 from prefixkit.task.encode import fit_prompt as fit_prompt
 from prefixkit.task.encode import input_fields as input_fields
 from prefixkit.task.encode import slots_of as slots_of
+from prefixkit.task.encode import spelled_ids as spelled_ids
 from prefixkit.task.encode import stop_ids as stop_ids
 from prefixkit.task.encode import without_slots as without_slots
 from prefixkit.task.images import image_task as image_task

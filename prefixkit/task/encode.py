@@ -86,13 +86,14 @@ def decode_target(task: TaskRecord, tokenizer: ModelTokenizer, ids: Sequence[int
 
     Special tokens that the target template spells are not part of what was said.
     """
-    ends, spelled = stop_ids(task, tokenizer), _spelled(task.target_template, tokenizer)
+    ends, spelled = stop_ids(task, tokenizer), spelled_ids(task, tokenizer)
     written = takewhile(lambda id_: id_ not in ends, ids)
     return tokenizer.decode([id_ for id_ in written if id_ not in spelled]).strip()
 
 
-def _spelled(template: str, tokenizer: ModelTokenizer) -> set[int]:
-    return {id_ for token, id_ in tokenizer.special_ids.items() if token in template}
+def spelled_ids(task: TaskRecord, tokenizer: ModelTokenizer) -> set[int]:
+    """The special tokens that the target template spells: written with every target, and no part of its text."""
+    return {id_ for token, id_ in tokenizer.special_ids.items() if token in task.target_template}
 
 
 def stop_ids(task: TaskRecord, tokenizer: ModelTokenizer) -> tuple[int, ...]:

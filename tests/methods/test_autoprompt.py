@@ -63,5 +63,5 @@ def test_starts() -> None:
     assert make(Settings(length=4), material(bos_id=1))().token_ids == (1, 5, 6, 7)
     assert make(Settings(length=2, init="text:ab"), material())().token_ids == (97, 98)
     assert len(make(Settings(length=4, init="random"), material())().token_ids or ()) == 4
-    with pytest.raises(ConfigError, match="--init: expected text or text:WORDS or random; found 'zeros'"):
+    with pytest.raises(ConfigError, match="--init: expected text or text:WORDS or random or mask; found 'zeros'"):
         make(Settings(init="zeros"), material())

@@ -276,7 +276,7 @@ def test_tokenizer_exchanged_in_the_folder_is_refused(family: str, tmp_path: Pat
 
 def test_cuda_is_never_claimed_without_a_gpu(family: str) -> None:
     made = Session(exported(family).folder, threads=1)
-    providers = made.runtime.session.get_providers()
+    providers = made.runtime.graph.session.get_providers()
     assert made.device == ("cuda" if "CUDAExecutionProvider" in providers else "cpu")
     with pytest.raises(ConfigError, match="--device: expected auto, cpu or cuda; found 'tpu'"):
         Session(exported(family).folder, device="tpu")  # type: ignore[arg-type]

@@ -137,20 +137,22 @@ def test_other_methods_are_refused(folder: Folder, records: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_are_refused_before_any_work(folder: Folder, records: Path, tmp_path: Path, capfd: Out) -> None:
+def test_exports_that_cannot_be_are_refused_before_any_work(
+    folder: Folder, records: Path, tmp_path: Path, capfd: Out
+) -> None:
     loop.train(settings(folder("bart_uneven"), records, tmp_path / "p", steps=0))
     capfd.readouterr()
     out, backbone = ["-o", str(tmp_path / "out")], ["--backbone", str(folder("bart_uneven"))]
     for asked, told in (
         (
-            ["--onnx", str(tmp_path / "p"), *backbone],
-            "expected a prefix for a decoder; found one for an encoder-decoder",
+            ["--onnx", str(tmp_path / "p"), *backbone, "--baked"],
+            "--baked: expected a decoder; found an encoder-decoder",
         ),
-        (["--onnx", *backbone], "found bart: an encoder-decoder"),
+        (["--onnx", *backbone, "--dtype", "float16"], "--dtype: expected float32 for an encoder-decoder"),
         (["--peft", str(tmp_path / "p")], "keys and values of a decoder alone; found a prefix for an encoder-decoder"),
     ):
         assert run(["export", *asked, *out]) == 2
-        line = capfd.readouterr().err.removeprefix("loading …\n").strip()
+        line = capfd.readouterr().err.strip()
         assert told in line
         assert "\n" not in line
         assert not (tmp_path / "out").exists()

@@ -1,0 +1,154 @@
+"""One graph in onnxruntime: loaded where it can run, checked against its report, run with its cache on the device."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from prefixkit.errors import ConfigError, FormatError, PrefixkitError
+from prefixkit.format.manifest import LayerGeometry
+from prefixkit.serving.prefix_table import Array
+
+Device = Literal["auto", "cpu", "cuda"]
+_WARNINGS, _FATAL = 2, 4
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
+
+class Graph:
+    """A graph, loaded.
+
+    Attributes:
+        device: `cuda` or `cpu`, as onnxruntime chose after it tried.
+    """
+
+    def __init__(self, path: Path, device: Device, threads: int | None) -> None:
+        self.path = path
+        self.session = _load(path, device, threads)
+        # The list of available providers names those whose libraries are missing, too.
+        self.device = "cuda" if _PROVIDERS["cuda"] in self.session.get_providers() else "cpu"
+        if device == "cuda" and self.device != "cuda":
+            step = "install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
+            raise ConfigError("--device", expected="cuda", found="onnxruntime without a usable GPU", next_step=step)
+
+    def on_device(self, array: Array) -> Any:
+        """`array` where the graph runs."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def run(
+        self, arrays: Mapping[str, Array], values: Mapping[str, Any], outputs: Sequence[str], kept: Sequence[str]
+    ) -> list[Any]:
+        """Run the graph.
+
+        Args:
+            arrays: inputs on the CPU, by name.
+            values: inputs that are on the device.
+            outputs: the names of outputs that are wanted on the CPU.
+            kept: of outputs that stay on the device.
+
+        Returns:
+            `outputs`, then `kept`, as onnxruntime holds them.
+        """
+        binding = self.session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        for name in kept:
+            binding.bind_output(name, self.device)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own bare exception types: out of memory, a broken kernel
+            raise PrefixkitError("onnxruntime", found=_first_line(error)) from error
+        found: list[Any] = binding.get_outputs()
+        return found
+
+    def check(self, caches: Mapping[str, tuple[int, int]], plain: Sequence[str], dtype: str) -> None:
+        """Raise FormatError where the inputs are not those that the report describes.
+
+        Args:
+            caches: kv_heads and head_dim of each input of keys or values.
+            plain: the names of all other inputs that there may be.
+        """
+        type_ = {"float32": "tensor(float)", "float16": "tensor(float16)"}[dtype]
+        expected = {name: (type_, heads, dim) for name, (heads, dim) in caches.items()}
+        inputs = self.session.get_inputs()
+        found = {one.name: (one.type, one.shape[1], one.shape[-1]) for one in inputs if one.name not in plain}
+        if found != expected:
+            raise FormatError(
+                self.path,
+                expected=f"the past that export.json describes: {len(caches)} tensors of {dtype}",
+                found=", ".join(sorted({f"{type_} of {heads} heads of {dim}" for type_, heads, dim in found.values()})),
+                next_step="export again",
+            )
+
+
+def per_layer(names: Mapping[str, str], which: str, layers: int) -> Iterator[str]:
+    """The names of key and value of each layer, in the order of the graph; `which` is `past`, `present`, …"""
+    for layer in range(layers):
+        yield names[f"{which}_key_names"] % layer
+        yield names[f"{which}_value_names"] % layer
+
+
+def cache_shapes(names: Mapping[str, str], which: str, layers: Sequence[LayerGeometry]) -> dict[str, tuple[int, int]]:
+    """kv_heads and head_dim of the keys and values of each layer, by name."""
+    shapes = [(layer.kv_heads, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
+    return dict(zip(per_layer(names, which, len(layers)), shapes, strict=True))
+
+
+def padded(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Array, Array]:
+    """Token ids [batch, longest], padded with 0, and 1 where they are real."""
+    longest = max(map(len, rows))
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    real = np.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        where = slice(longest - len(tokens), None) if left else slice(0, len(tokens))
+        ids[row, where], real[row, where] = tokens, 1
+    return ids, real
+
+
+def _load(path: Path, device: Device, threads: int | None) -> Any:
+    providers = _providers(device)
+    options = onnxruntime.SessionOptions()
+    # What goes wrong is raised as well, and told in one line.
+    options.log_severity_level = _FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        with _without_provider_noise():
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # as above; a file that is missing, cut or of a newer opset
+        raise FormatError(path, expected="a graph that onnxruntime can load", found=_first_line(error)) from error
+
+
+def _providers(device: Device) -> list[str]:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("--device", expected="auto, cpu or cuda", found=repr(device))
+    if device == "cpu" or _PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return [_PROVIDERS["cpu"]]
+    # Finds the CUDA libraries that pip installed, which the system's loader does not know.
+    with _without_provider_noise():
+        onnxruntime.preload_dlls()
+    return list(_PROVIDERS.values())
+
+
+@contextmanager
+def _without_provider_noise() -> Iterator[None]:
+    # A GPU build on a machine without CUDA logs and prints errors for what is a normal answer.
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNINGS)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
