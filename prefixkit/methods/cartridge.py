@@ -27,6 +27,8 @@ class Settings:
         length: prefix slots.
         init: `document` (its first tokens), `random` or `prefix:FILE`.
         frozen_slots: leading slots that stay, where the start is the document.
+        top: how many of the teacher's likeliest tokens are imitated; 20 in the authors' code. A small backbone is sure
+            of little: what it knows is spread over more of them.
     """
 
     name: str = "cartridge"
@@ -34,11 +36,13 @@ class Settings:
     length: int = 48
     init: str = "document"
     frozen_slots: int = 1
+    top: int = 20
 
     def __post_init__(self) -> None:
         check_types(self, "method.")
         at_least("--length", self.length, 1)
         at_least("frozen_slots", self.frozen_slots, 0)
+        at_least("top", self.top, 1)
 
     @property
     def default_lr(self) -> float:
@@ -70,7 +74,7 @@ def make(settings: Settings, material: Material) -> PrefixTuning:
     teacher = material.backbone.key_values_of(tokens)
     assert isinstance(teacher, KeyValuePrefix)
     method = PrefixTuning(_start(settings, material, teacher, tokens))
-    method.teacher = teacher
+    method.teacher, method.top = teacher, settings.top
     return method
 
 

@@ -25,9 +25,11 @@ class Method(nn.Module):
 
     Attributes:
         teacher: what the backbone with the method is to imitate the backbone with; None learns from the targets.
+        top: how many of the teacher's likeliest tokens are imitated.
     """
 
     teacher: Injection | None = None
+    top: int = 20
 
     @abstractmethod
     def forward(self) -> Injection:

@@ -27,15 +27,20 @@ def next_token(backbone: Backbone, batch: Batch, received: Injection | None) -> 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The cross-entropy of what the backbone says at the targets' places when it receives `teacher`."""
+    """The cross-entropy of what the backbone says at the targets' places when it receives `teacher`.
+
+    Attributes:
+        top: how many of its likeliest tokens are imitated.
+    """
 
     teacher: Injection
+    top: int = TOP
 
     def __call__(self, backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
         """The summed loss of a batch."""
         with torch.no_grad():
             wanted = _target_logits(backbone, batch, self.teacher)
-        return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted)
+        return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted, self.top)
 
 
 @dataclass(frozen=True)

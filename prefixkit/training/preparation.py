@@ -93,7 +93,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
         backbone=backbone,
         task=task,
         method=method,
-        objective=_objective(config, backbone, task, material.labels, teacher),
+        objective=_objective(config, backbone, task, material.labels, teacher, method.top),
         batches=batches,
         validation=encode(task, tokenizer, backbone, held_out),
         total_steps=_total_steps(config, batches.steps_per_epoch),
@@ -144,6 +144,7 @@ def _objective(
     task: TaskRecord,
     words: Sequence[Sequence[int]],
     teacher: Injection | None,
+    top: int,
 ) -> Objective:
     if config.objective == "labels":
         if backbone.kind != "encoder" or task.verbalizer is None or any(len(word) != 1 for word in words):
@@ -152,7 +153,7 @@ def _objective(
         return AmongLabels(tuple(token for (token,) in words))
     if task.answer is not None:
         return answer_loss
-    return next_token if teacher is None else Distillation(teacher)
+    return next_token if teacher is None else Distillation(teacher, top)
 
 
 def device(choice: str) -> str:
