@@ -71,13 +71,14 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 TEXT = ("bert", "roberta", "electra", "distilbert", "modernbert")
 
 
-def tiny_encoder(family: str, head: Any = AutoModel, **changes: Any) -> PreTrainedModel:
+def tiny_encoder(family: str, head: Any = AutoModel, *, pooler: bool = True, **changes: Any) -> PreTrainedModel:
     """A two-layer random model of `family`, in eval mode, float32."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    model = head.from_config(config, attn_implementation="sdpa").eval()
+    options = {} if pooler else {"add_pooling_layer": False}
+    model = head.from_config(config, attn_implementation="sdpa", **options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embeddings" not in name:

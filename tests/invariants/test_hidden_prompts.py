@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefixkit.backbones.encoder import Encoder
 from prefixkit.backbones.load import load_backbone
