@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     DeiTConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -67,6 +68,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vit": lambda: ViTConfig(**_IMAGE),
     "deit": lambda: DeiTConfig(**_IMAGE),
     "dinov2": lambda: Dinov2Config(**_IMAGE),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**_IMAGE),
 }
 TEXT = ("bert", "roberta", "electra", "distilbert", "modernbert")
 

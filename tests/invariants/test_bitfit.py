@@ -20,7 +20,7 @@ from tests.ragged import prompts
 from tests.ragged import random_prefix as random_decoder_prefix
 
 Load = Callable[..., Encoder]
-FAMILIES = ("bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2")
+FAMILIES = ("bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2", "dinov2_with_registers")
 NOTHING = 1e-12
 SOMETHING = 1e-7
 

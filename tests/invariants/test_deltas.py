@@ -137,11 +137,16 @@ def test_nothing_stays_behind_an_exception(encoder: Load, family: str) -> None:
     backbone = encoder(family)
     model, delta = backbone.release(), drawn(biases(backbone.model))
     before, attributes = memory_digest(model), [sorted(vars(module)) for module in model.modules()]
-    with pytest.raises(KeyboardInterrupt), changed(model, delta):
-        assert [sorted(vars(module)) for module in model.modules()] != attributes
-        # What a checkpoint or an optimizer would see in the middle of a pass.
-        assert memory_digest(model) == before
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with changed(model, delta):
+            assert [sorted(vars(module)) for module in model.modules()] != attributes
+            # What a checkpoint or an optimizer would see in the middle of a pass.
+            assert memory_digest(model) == before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [sorted(vars(module)) for module in model.modules()] == attributes
     assert memory_digest(model) == before
 
@@ -151,7 +156,7 @@ def test_deltas_of_another_model_are_refused_and_change_nothing(encoder: Load) -
     bare = backbone.states(row)
     own = next(iter(biases(backbone.model)))
     wrong = ParameterDelta(deltas={own: torch.zeros(64), "encoder.layer.9.output.dense.bias": torch.zeros(64)})
-    with pytest.raises(MismatchError, match="expected a parameter .*; found"):
+    with pytest.raises(MismatchError, match=r"expected a parameter .*; found"):
         backbone.states(row, wrong)
     assert torch.equal(backbone.states(row), bare)
 

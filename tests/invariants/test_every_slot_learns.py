@@ -1,4 +1,4 @@
-"""No dead slots: every number that a method trains is moved by the real objective, and no parameter of a backbone is."""
+"""No dead slots: the real objective moves every slot that a method trains, and no parameter of a backbone."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prefixkit.backbones.encoder import Encoder
 from prefixkit.backbones.load import load_backbone
+from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt, HiddenPrompt
 from prefixkit.injections.combined import NOWHERE
@@ -24,7 +25,7 @@ Load = Callable[..., Encoder]
 Plain = Callable[..., PreTrainedModel]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 EFFECT = 0.1
-IMAGES = ("vit", "deit", "dinov2")
+IMAGES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 FAMILIES = (*IMAGES, "bert", "roberta", "electra", "distilbert")
 """Pre-LN image encoders and post-LN encoders of text."""
 LENGTH, LAYERS, WIDTH = 3, 2, 64
@@ -92,8 +93,8 @@ def test_added_prompts_change_the_states_that_are_there(
 ) -> None:
     backbone, (row, *_), prompt = encoder(family, dtype), rows(family, dtype), deep(family, "add", placement)
     base = plain(family, dtype).base_model
-    # DeiT has a class token and one for distillation.
-    special = 2 if family == "deit" else 1
+    # DeiT has a class token and one for distillation, DINOv2 a class token and four registers.
+    special = {"deit": 2, "dinov2_with_registers": 5}.get(family, 1)
     begin = special if placement == "after_first" else 0
     with raised(base, prompt.hidden, range(begin, begin + LENGTH)):
         expected = base(**spelled_out(family, row)).last_hidden_state
@@ -156,3 +157,9 @@ def test_what_the_rows_hold_does_not_depend_on_the_image(encoder: Load) -> None:
         assert (backbone.states(row, folded) - backbone.states(row, prompt)).abs().max() <= TOLERANCE[torch.float32]
     shallow = EmbeddingPrompt(embeddings=drawn(1)[0], positions=NOWHERE, stack="encoder", placement="after_first")
     assert backbone.fold(shallow) is shallow
+
+
+def test_layers_that_rotate_have_no_rows_without_a_position(encoder: Load) -> None:
+    backbone, (row, *_) = encoder("modernbert"), rows("modernbert")
+    with pytest.raises(BackboneError, match="found layers that rotate keys by position"):
+        backbone.states(row, deep("modernbert"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixkit.backbones.encoder import SLOT, Encoder
+from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import Combined, EmbeddingPrompt, HiddenPrompt
 from prefixkit.injections.combined import NOWHERE
@@ -112,3 +114,9 @@ def test_the_order_of_a_prompt_matters(encoder: Load, family: str) -> None:
     backbone, (row, *_) = encoder(family), rows(family)
     turned = backbone.states(row, before(backbone, WORDS[::-1]))
     assert (turned - backbone.states(row, before(backbone))).abs().max() > 1e-3
+
+
+def test_text_that_would_start_elsewhere_is_refused(encoder: Load) -> None:
+    backbone, (row, *_) = encoder("bert"), rows("bert")
+    with pytest.raises(BackboneError, match="text that starts at 3, behind the prompt; found text that starts at 0"):
+        backbone.states(row, replace(before(backbone), positions=NOWHERE))
