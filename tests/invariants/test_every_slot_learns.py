@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from prefixkit.methods.catalogue import METHODS, TRAINED
 from prefixkit.training import loop
 from prefixkit.training.config import TrainConfig
 from prefixkit.training.preparation import Prepared, prepare
-from tests.matrix.families import EXCEPTIONS, FAMILIES, REFUSED, cell_of
+from tests.matrix.families import EXCEPTIONS, FAMILIES, REFUSED, SLOTTED, cell_of
 
 CELLS = [
     (method, family)
@@ -32,6 +33,17 @@ VARIANTS = [
     ("p-tuning-v2", "bert", "reparameterization=mlp"),
     ("p-tuning-v2", "roberta", "positions=none"),
     ("bitfit", "roberta", "parameters=layernorm"),
+]
+ANSWERS = {
+    "tags": 'answer = "tags"\ninput_template = "{cls}{tokens}"\n',
+    # A null prompt (Logan et al. 2022): the field and the mask.
+    "words": 'input_template = "{cls}{text} {mask}"\n[verbalizer]\na = "a"\nb = "b"\n',
+}
+ON_TEXT = [
+    (method, family, answer)
+    for answer in ANSWERS
+    for method, family in CELLS
+    if family in ("bert", "distilbert") and method not in SLOTTED and (method, answer) != ("linear-probe", "words")
 ]
 
 
@@ -75,6 +87,9 @@ def dead(ready: Prepared) -> list[str]:
         tensor.retain_grad()
     ready.objective(ready.backbone, ready.batches.batch(0), received).backward()
     assert trained
+    for parameter in ready.method.parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None
     return [name for name, tensor in trained.items() if not learns(tensor)]
 
 
@@ -101,3 +116,20 @@ def test_every_slot_learns_and_no_weight_does(
     assert not held & {id(weight) for weight in weights}
     assert all(weight.grad is None and not weight.requires_grad for weight in weights)
     assert memory_digest(ready.backbone.model) == frozen
+
+
+@pytest.mark.parametrize(("method", "family", "answer"), ON_TEXT)
+def test_every_slot_learns_from_tags_and_from_words(
+    method: str, family: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task.toml").write_text(ANSWERS[answer])
+    rows = [
+        {"tokens": ["blue", "mill"], "tags": ["O", "B"], "text": "blue mill", "label": "ab"[index % 2]}
+        for index in range(32)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ["--task", str(tmp_path / "task.toml"), "--data", str(tmp_path / "rows.jsonl")]
+    ready = prepared(method, family, tmp_path, monkeypatch, *asked)
+    assert dead(ready) == []
+    heads = {name for name in slots(ready.method()) if name.startswith(("cls.", "vocab_"))}
+    assert bool(heads) == (method == "bitfit" and answer == "words")

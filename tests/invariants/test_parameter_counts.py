@@ -54,6 +54,7 @@ def test_p_tuning_v2(config: PreTrainedConfig, length: int, numbers: int) -> Non
     """P · L · 2 · d: lengths of the official scripts for RTE, BoolQ and CoNLL03; and the head's d · C + C."""
     settings = p_tuning_v2.Settings(length=length, init="normal")
     method = p_tuning_v2.make(settings, material(encoder_of(config)))
+    assert method().positions == Positions(text_start=length)
     assert count(method) == length * config.num_hidden_layers * 2 * config.hidden_size == numbers
     head = WithHead(method, outputs=2, hidden=config.hidden_size, reads="first")
     assert count(head) == numbers + 2 * config.hidden_size + 2

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.encoder import SLOT, Encoder
+from prefixkit.backbones.encoder import Encoder
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import Combined, EmbeddingPrompt, HiddenPrompt
 from prefixkit.injections.combined import NOWHERE
+from prefixkit.task import SLOT_ID
 from tests.encoders import TEXT, rows, spelled_out, together
 from tests.invariants.insertion import raised
 
@@ -71,7 +72,7 @@ def test_the_vectors_of_words_are_the_words_in_slots(
     ids, labels = row["input_ids"], torch.full_like(row["input_ids"], -100)
     labels[0, 5] = 9
     words = spelled_out(family, {**row, "input_ids": opened(ids, WORDS)})
-    slotted, prompt = {**row, "input_ids": opened(ids, [SLOT] * 3)}, within(backbone)
+    slotted, prompt = {**row, "input_ids": opened(ids, [SLOT_ID] * 3)}, within(backbone)
     model = plain(family, dtype)
     expected = model.base_model(**words).last_hidden_state
     assert (backbone.states(slotted, prompt) - expected).abs().max() <= TOLERANCE[dtype]
@@ -88,7 +89,7 @@ def test_perturbations_in_slots_are_added_in_every_layer(encoder: Load, plain: P
     hidden = HiddenPrompt(hidden=rise, mode="add", placement="slots", positions=NOWHERE)
     received = Combined(parts=(within(backbone), hidden))
     words = spelled_out(family, {**row, "input_ids": opened(row["input_ids"], WORDS)})
-    slotted = {**row, "input_ids": opened(row["input_ids"], [SLOT] * 3)}
+    slotted = {**row, "input_ids": opened(row["input_ids"], [SLOT_ID] * 3)}
     with raised(plain(family).base_model, rise, PLACES) as base:
         expected = base(**words).last_hidden_state
     found = backbone.states(slotted, received)
