@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
     DeiTConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -66,17 +68,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vit": lambda: ViTConfig(**_IMAGE),
     "deit": lambda: DeiTConfig(**_IMAGE),
     "dinov2": lambda: Dinov2Config(**_IMAGE),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**_IMAGE),
 }
 TEXT = ("bert", "roberta", "electra", "distilbert", "modernbert")
 
 
-def tiny_encoder(family: str, head: Any = AutoModel, **changes: Any) -> PreTrainedModel:
+def tiny_encoder(family: str, head: Any = AutoModel, *, pooler: bool = True, **changes: Any) -> PreTrainedModel:
     """A two-layer random model of `family`, in eval mode, float32."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    model = head.from_config(config, attn_implementation="sdpa").eval()
+    options = {} if pooler else {"add_pooling_layer": False}
+    model = head.from_config(config, attn_implementation="sdpa", **options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embeddings" not in name:
@@ -92,6 +96,41 @@ def one_batch(family: str) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
 
 
+def rows(family: str, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    """Three inputs alone: texts of 9, 5 and 12 tokens, two sentences each, or images."""
+    generator = torch.Generator().manual_seed(4)
+    if family not in TEXT:
+        return [{"pixel_values": torch.randn(1, 3, 16, 16, generator=generator).to(dtype)} for _ in range(3)]
+    texts = [torch.randint(5, VOCAB, (1, length), generator=generator) for length in (9, 5, 12)]
+    for text in texts:
+        text[0, 0], text[0, 2], text[0, -1] = CLS, SEP, SEP
+    return [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in texts]
+
+
+def together(inputs: list[dict[str, Tensor]], more: int = 0) -> dict[str, Tensor]:
+    """One batch of `inputs`, padded on the right, `more` slots wider than the longest."""
+    if "pixel_values" in inputs[0]:
+        return {"pixel_values": torch.cat([each["pixel_values"] for each in inputs])}
+    width = max(each["input_ids"].shape[1] for each in inputs) + more
+    wider = {name: [F.pad(each[name], (0, width - each[name].shape[1])) for each in inputs] for name in inputs[0]}
+    return {name: torch.cat(tensors) for name, tensors in wider.items()}
+
+
+def spelled_out(family: str, inputs: dict[str, Tensor], start: int = 0) -> dict[str, Tensor]:
+    """`inputs` of one row with the positions that begin at `start`, and the types: 1 behind the first separator."""
+    if family not in TEXT:
+        return inputs
+    ids = inputs["input_ids"]
+    # RoBERTa numbers its tokens from behind its padding token.
+    first = start + (2 if family == "roberta" else 0)
+    types = {"token_type_ids": (torch.arange(ids.shape[1]) > 2).long()[None]} if family in TYPED else {}
+    return {**inputs, "position_ids": torch.arange(first, first + ids.shape[1])[None], **types}
+
+
+TYPED = ("bert", "roberta", "electra")
+"""Families that tell a second sentence from the first."""
+CLS, MASK, SEP = 1, 2, 3
+"""Ids of the tests' tokenizer."""
 SPECIAL = {"bos_token": "<s>", "cls_token": "<s>", "sep_token": "<|im_end|>", "mask_token": "<|im_start|>"}
 """What the tests' tokenizer calls its special tokens on an encoder."""
 

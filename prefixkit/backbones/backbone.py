@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefixkit.backbones.deltas import biases, normalizations
+from prefixkit.backbones.geometry import reader_of
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
@@ -74,14 +75,16 @@ class Backbone(ABC):
         """How many numbers a patch of an image is made of. Raises BackboneError where there are no images."""
         raise BackboneError(self.identity.family, expected="an encoder of images", found=f"an {self.kind}")
 
-    def parameter_shapes(self, which: str) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, which: str, *, reading: bool = False) -> dict[str, tuple[int, ...]]:
         """The shapes of its parameters of a kind, by the names that a prefix file gives them.
 
         Args:
             which: `bias`, or `layernorm` for the scales and biases of every normalisation.
+            reading: only those that the final states depend on, none of a language model's head.
         """
         chosen = biases(self.model) if which == "bias" else normalizations(self.model)
-        return {name: tuple(weight.shape) for name, weight in chosen.items()}
+        inside = {id(weight) for weight in (reader_of(self.model) if reading else self.model).parameters()}
+        return {name: tuple(weight.shape) for name, weight in chosen.items() if id(weight) in inside}
 
     @property
     @abstractmethod

@@ -97,7 +97,14 @@ class Encoder(Backbone):
         if isinstance(part, KeyValuePrefix) and part.stack != "encoder":
             found = f"one of a {part.stack}"
             raise MismatchError(self.identity.family, expected="a prefix of an encoder", found=found)
+        if isinstance(part, EmbeddingPrompt) and part.placement == "prepend":
+            self._refuse_apart(part)
         return part
+
+    def _refuse_apart(self, prompt: EmbeddingPrompt) -> None:
+        if prompt.positions.text_start != prompt.length:
+            expected, found = f"text that starts at {prompt.length}, behind the prompt", prompt.positions.text_start
+            raise BackboneError(self.identity.family, expected=expected, found=f"text that starts at {found}")
 
     @contextmanager
     def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:

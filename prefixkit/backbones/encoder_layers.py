@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import Seen, look, uses_registry
 from prefixkit.backbones.geometry import one_input
+from prefixkit.backbones.weights import in_a_line
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry, Positions
 from prefixkit.injections import KeyValuePrefix
@@ -18,9 +19,17 @@ def measure_encoder(model: PreTrainedModel) -> tuple[LayerGeometry, ...]:
     """The shape of every layer's keys and values, read off the layers at work.
 
     Raises:
-        BackboneError: attention outside the registry of `transformers`, or shared by layers.
+        BackboneError: attention outside the registry of `transformers`, or a model that wants more than one input.
     """
-    return tuple(layer.geometry for layer in _seen(model, one_input(model)))
+    _refuse_outside(model)
+    try:
+        seen = _seen(model, one_input(model))
+    except BackboneError:
+        raise
+    except Exception as error:  # X-MOD wants a language first, others want boxes: each raises its own types
+        expected = "an encoder that reads a text, or an image, and nothing else"
+        raise BackboneError(model.config.model_type, expected=expected, found=in_a_line(error)) from error
+    return tuple(layer.geometry for layer in seen)
 
 
 def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offset: bool = True) -> KeyValuePrefix:

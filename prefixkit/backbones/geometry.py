@@ -28,6 +28,8 @@ _ANOTHER = "use a decoder such as Llama or GPT-2"
 
 _ENCODER_DECODERS = ("bart", "t5")
 """The families of encoder-decoders that the tests hold to an independent computation."""
+_OF_IMAGES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+"""The same of encoders of images."""
 
 
 def refuse_untried(config: PreTrainedConfig, where: str) -> None:
@@ -41,6 +43,19 @@ def refuse_untried(config: PreTrainedConfig, where: str) -> None:
         raise BackboneError(where, expected=expected, found=config.model_type, next_step=step)
     if getattr(config, "decoder_start_token_id", None) is None:
         raise BackboneError(where, expected="decoder_start_token_id in config.json", found="none")
+
+
+def refuse_untried_images(config: PreTrainedConfig, where: str) -> None:
+    """Refuse, before any weight is read, encoders of images of other families than were tested.
+
+    Prompts stand behind a class token, and heads read it: not every family has one, and Swin's layers read windows.
+
+    Raises:
+        BackboneError: another family.
+    """
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and config.model_type not in _OF_IMAGES:
+        expected = f"an encoder of images of the family {' or '.join(_OF_IMAGES)}"
+        raise BackboneError(where, expected=expected, found=config.model_type, next_step="use one of these")
 
 
 def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,9 +38,10 @@ def fold_hidden(model: PreTrainedModel, prompt: HiddenPrompt) -> KeyValuePrefix:
 
     Raises:
         MismatchError: another number of layers, or another width.
-        BackboneError: rows in slots of the text, which are no rows of their own.
+        BackboneError: rows in slots of the text, which are no rows of their own, or layers that rotate by position.
     """
     refuse_other_shape(model, prompt)
+    _refuse_rotating(model)
     if prompt.placement == "slots":
         raise BackboneError(model.config.model_type, expected="hidden prompts before the text", found="slots in it")
     seen: list[Seen] = []
@@ -51,6 +53,13 @@ def fold_hidden(model: PreTrainedModel, prompt: HiddenPrompt) -> KeyValuePrefix:
         positions=prompt.positions,
         stack=prompt.stack,
     )
+
+
+def _refuse_rotating(model: PreTrainedModel) -> None:
+    # ModernBERT's: rows without a position have no keys there.
+    if "position_embeddings" in signature(layers_of(model)[0].forward).parameters:
+        expected, found = "layers that read states alone, for a hidden prompt", "layers that rotate keys by position"
+        raise BackboneError(model.config.model_type, expected=expected, found=found)
 
 
 @contextmanager

@@ -12,7 +12,13 @@ from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.encoder import Encoder
 from prefixkit.backbones.encoder_decoder import EncoderDecoder
 from prefixkit.backbones.encoder_layers import measure_encoder
-from prefixkit.backbones.geometry import is_encoder, measure, refuse_unsupported, refuse_untried
+from prefixkit.backbones.geometry import (
+    is_encoder,
+    measure,
+    refuse_unsupported,
+    refuse_untried,
+    refuse_untried_images,
+)
 from prefixkit.backbones.identity import identify
 from prefixkit.backbones.stacks import measure_stacks
 from prefixkit.backbones.vision import VisionEncoder
@@ -100,6 +106,7 @@ def _encoder(
     device: str | torch.device,
     revision: str | None,
 ) -> Encoder:
+    refuse_untried_images(config, str(source))
     model = frozen_model(folder, config, _DTYPES[dtype], device)
     geometry = measure_encoder(model)
     identity = identify(folder, _name(source, folder), revision, config, (), encoder=geometry)

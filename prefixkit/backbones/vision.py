@@ -47,8 +47,10 @@ class VisionEncoder(Encoder):
         return without_rows(states, prompt)
 
     def _places(self, batch: int, hidden: HiddenPrompt) -> Tensor:
-        """[batch, seq]: the last tokens, behind every special one (DeiT has two), or as the placement says."""
-        special = int(reader_of(self.model).embeddings.position_embeddings.shape[1]) - self.patches
+        """[batch, seq]: those behind every special token, of which DeiT has two, or the first ones."""
+        placed = int(reader_of(self.model).embeddings.position_embeddings.shape[1])
+        # Registers have no positions.
+        special = placed - self.patches + getattr(self.model.config, "num_register_tokens", 0)
         begin = special if hidden.placement == "after_first" else 0
         if begin + hidden.length > special + self.patches:
             expected = f"at most {special + self.patches - begin} places to add to"

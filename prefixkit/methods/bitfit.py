@@ -24,7 +24,8 @@ class Settings:
     """What is trained.
 
     Attributes:
-        parameters: `bias`, every bias of the backbone, or `layernorm`, the scales and biases of its normalisations.
+        parameters: `bias`, every bias of the backbone, or `layernorm`, the scales and biases of its normalisations;
+            those of a language model's head only where it answers.
         init: `zeros`, the backbone as it is, or `prefix:FILE`.
     """
 
@@ -74,7 +75,8 @@ class BitFit(Method):
 
 def make(settings: Settings, material: Material) -> BitFit:
     """BitFit at its start. Raises ConfigError for a start that it does not know, or a backbone without biases."""
-    known = material.backbone.parameter_shapes(settings.parameters)
+    # Behind a trained head, that of the language model would be parameters that nothing reads.
+    known = material.backbone.parameter_shapes(settings.parameters, reading=not material.writes)
     if not known:
         found, step = f"a backbone without a {settings.parameters}", "use --set method.parameters=layernorm"
         raise ConfigError("--method bitfit", expected="parameters to train", found=found, next_step=step)

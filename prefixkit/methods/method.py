@@ -97,8 +97,8 @@ class Backbone(KeyValueSource, Protocol):
         """How many numbers a patch of an image is made of."""
         ...
 
-    def parameter_shapes(self, which: str) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of its parameters of a kind, `bias` or `layernorm`, by name."""
+    def parameter_shapes(self, which: str, *, reading: bool) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its parameters of a kind, `bias` or `layernorm`, by name; `reading` leaves out its own head."""
         ...
 
 
@@ -115,6 +115,7 @@ class Material:
         bos_id: the token that the first slot has to hold, where the usage contract promises one.
         mask_id: the token that a masked language model writes at; None without one.
         slots: how many the task's template marks for a prompt; 0 puts it before the text.
+        writes: whether the backbone itself answers, in words, and no trained head.
         seed: for random starts.
         parent: the injection in a prefix file, which is refused where it was made for another backbone.
     """
@@ -128,6 +129,7 @@ class Material:
     bos_id: int | None = None
     mask_id: int | None = None
     slots: int = 0
+    writes: bool = True
     seed: int = 0
 
 

@@ -48,6 +48,7 @@ def material_for(
         bos_id=_promised_bos(config, backbone, task, tokenizer) if tokenizer is not None else None,
         mask_id=tokenizer.named_id("mask_token") if tokenizer is not None else None,
         slots=slots_of(task),
+        writes=task.answer is None,
         seed=config.seed,
     )
 

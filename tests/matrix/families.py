@@ -102,8 +102,8 @@ def _settings(method: str, family: str, path: Path) -> list[str]:
     if method == "cartridge":
         (path / "document.txt").write_text("blue spice is near river .\nmill is near city .\n")
         return ["--length", "4", "--set", f"method.document={path / 'document.txt'}"]
-    if (method, family) == ("bitfit", "llama"):
-        # Llama has no bias.
+    if method == "bitfit" and family in ("llama", "modernbert"):
+        # They have no bias, but for a head over words.
         return ["--set", "method.parameters=layernorm"]
     slotted = method == "optiprompt" or (kind == "encoder" and method in SLOTTED)
     takes_places = method not in ("bitfit", "linear-probe") and not slotted
