@@ -213,7 +213,7 @@ def test_prefixes_that_take_positions_are_refused() -> None:
     shifted = KeyValuePrefixes(parts=(type(part)(**{**vars(part), "positions": Positions(text_start=6)}),))
     with pytest.raises(BackboneError, match=r"take no positions; found decoder\.self with text that starts at 6"):
         backbone.logits(prompts()[0][None], None, WRITTEN, shifted)
-    with pytest.raises(BackboneError, match="prefixes for an encoder-decoder; found a KeyValuePrefix"):
+    with pytest.raises(BackboneError, match="prefixes or a prompt for an encoder-decoder; found a KeyValuePrefix"):
         backbone.logits(prompts()[0][None], None, WRITTEN, random_decoder_prefix(tiny_decoder("gpt2")))
 
 
