@@ -106,9 +106,10 @@ class EncoderDecoder(Backbone):
             expected = f"a prompt shorter than the context of {self.context_length} tokens"
             raise BackboneError(where, expected=expected, found=f"{length} vectors")
 
-    def fold(self, received: Injection) -> Injection:
+    def fold(self, received: Injection) -> KeyValuePrefixes | EmbeddingPrompt:
         """`received` itself: keys and values already, or a prompt, which has none. Raises as `refuse_unplaceable`."""
         self.refuse_unplaceable(received)
+        assert isinstance(received, (KeyValuePrefixes, EmbeddingPrompt))
         return received
 
     def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
