@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attention import Injected
 from prefixkit.backbones.backbone import Backbone, without_habits
-from prefixkit.backbones.stacks import Stacks
+from prefixkit.backbones.pair import NO_POSITIONS as NO_POSITIONS
+from prefixkit.backbones.pair import refuse_positions
+from prefixkit.backbones.stacks import Stacks, placed
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, part_of
-
-NO_POSITIONS = Positions(text_start=0, prefix_takes_positions=False)
-"""Where text starts behind prefixes of an encoder-decoder: at 0, as if there were none."""
 
 
 @dataclass
@@ -78,18 +76,12 @@ class EncoderDecoder(Backbone):
         """
         match received:
             case KeyValuePrefixes(parts=parts):
-                for part in parts:
-                    self._refuse_positions(part)
+                refuse_positions(parts, self.identity.family)
             case EmbeddingPrompt():
                 self._refuse_prompt(received)
             case _:
                 expected, found = "prefixes or a prompt for an encoder-decoder", f"a {type(received).__name__}"
                 raise BackboneError(self.identity.family, expected=expected, found=found)
-
-    def _refuse_positions(self, part: KeyValuePrefix) -> None:
-        if part.positions != NO_POSITIONS:
-            found = f"{part.place} with text that starts at {part.positions.text_start}"
-            raise BackboneError(self.identity.family, expected="prefixes that take no positions", found=found)
 
     def _refuse_prompt(self, prompt: EmbeddingPrompt) -> None:
         where, length = self.identity.family, prompt.length
@@ -121,9 +113,7 @@ class EncoderDecoder(Backbone):
     def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:
         """The model with the prefixes of `received` in it, for the length of a `with` block."""
         folded = None if received is None else self.fold(received)
-        parts = folded.parts if isinstance(folded, KeyValuePrefixes) else ()
-        injected = {(part.stack, part.attention): Injected(keys=part.keys, values=part.values) for part in parts}
-        with self._stacks.receiving(injected) as model:
+        with self._stacks.receiving(placed(folded if isinstance(folded, KeyValuePrefixes) else None)) as model:
             yield model
 
     @contextmanager
