@@ -17,12 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attention import KEYWORD, Injected, implementation, install, uninstall, uses_registry
+from prefixkit.backbones.attention import (
+    ATTACHMENT,
+    KEYWORD,
+    Injected,
+    implementation,
+    install,
+    uninstall,
+    uses_registry,
+)
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.encoder_layers import measure_encoder
 from prefixkit.backbones.folding import fold
-from prefixkit.backbones.geometry import is_encoder, measure, reader_of, refuse_swallowed
+from prefixkit.backbones.geometry import is_encoder, measure, reader_of, refuse_swallowed, refuse_untried
 from prefixkit.backbones.identity import context_length, identify, origin
+from prefixkit.backbones.pair import fitting
 from prefixkit.backbones.positions import (
     first_position,
     has_alibi,
@@ -30,13 +39,14 @@ from prefixkit.backbones.positions import (
     refuse_unplaceable,
     takes_positions,
 )
+from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
+from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.format.manifest import BackboneIdentity
-from prefixkit.injections import Injection, KeyValuePrefix, injection
+from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
+from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, injection
 from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
-_ATTACHMENT = "_prefixkit_attachment"
 
 
 class MakesPrefix(Protocol):
@@ -48,18 +58,24 @@ class MakesPrefix(Protocol):
 class FixedPrefix(nn.Module):
     """A prefix that is not trained, as a method. It moves with its model, and has no place in a state dict."""
 
-    def __init__(self, prefix: KeyValuePrefix) -> None:
+    def __init__(self, prefix: KeyValuePrefix | KeyValuePrefixes) -> None:
         super().__init__()
         self.prefix = prefix
 
-    def forward(self) -> KeyValuePrefix:
+    def forward(self) -> KeyValuePrefix | KeyValuePrefixes:
         """The prefix."""
         return self.prefix
 
     def _apply(self, move: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPrefix:
-        keys, values = tuple(map(move, self.prefix.keys)), tuple(map(move, self.prefix.values))
-        self.prefix = replace(self.prefix, keys=keys, values=values)
+        if isinstance(self.prefix, KeyValuePrefixes):
+            self.prefix = KeyValuePrefixes(parts=tuple(_moved(part, move) for part in self.prefix.parts))
+        else:
+            self.prefix = _moved(self.prefix, move)
         return self
+
+
+def _moved(prefix: KeyValuePrefix, move: Callable[[Tensor], Tensor]) -> KeyValuePrefix:
+    return replace(prefix, keys=tuple(map(move, prefix.keys)), values=tuple(map(move, prefix.values)))
 
 
 class Attachment:
@@ -72,15 +88,19 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, method: MakesPrefix | None = None) -> None:
         _refuse_unready(model)
         self.model, self.method = model, method
+        self.frozen: list[nn.Parameter] = []
+        self._install()
+        model.__dict__[ATTACHMENT] = self
+
+    def _install(self) -> None:
+        model = self.model
         self.previous = install(model) if uses_registry(model) else None
         self.places = takes_positions(model)
-        self.frozen: list[nn.Parameter] = []
         # The decoder itself, not `base_model`: some models (OPT) call it directly.
         decoder = reader_of(model)
         self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.previous is None:
             self._hooks.append(decoder.register_forward_hook(forget_cache, with_kwargs=True))
-        model.__dict__[_ATTACHMENT] = self
 
     def freeze(self) -> None:
         """Stop gradients into the backbone's parameters."""
@@ -90,13 +110,16 @@ class Attachment:
 
     def remove(self) -> None:
         """Take the hook off and thaw what was frozen; the model is as it was."""
-        del self.model.__dict__[_ATTACHMENT]
+        del self.model.__dict__[ATTACHMENT]
+        self._uninstall()
+        for parameter in self.frozen:
+            parameter.requires_grad = True
+
+    def _uninstall(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self.previous is not None:
             uninstall(self.model, self.previous)
-        for parameter in self.frozen:
-            parameter.requires_grad = True
 
     def _before(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = inspect.signature(module.forward).parameters
@@ -123,6 +146,26 @@ class Attachment:
         return index
 
 
+class PairAttachment(Attachment):
+    """An encoder-decoder and what it receives. Each of its stacks asks the method anew in every pass.
+
+    Attributes:
+        geometry: of `encoder` and `decoder`.
+    """
+
+    def _install(self) -> None:
+        self.geometry = measure_stacks(self.model, self.model.config.model_type)
+        self._stacks = Stacks(self.model, self._made)
+
+    def _uninstall(self) -> None:
+        self._stacks.remove()
+
+    def _made(self) -> dict[Place, Injected]:
+        _refuse_reentrant(self.model)
+        received = self.method() if self.method is not None else None
+        return placed(received if isinstance(received, KeyValuePrefixes) else None)
+
+
 def attach(
     model: PreTrainedModel,
     prefix: Prefix | Injection | nn.Module,
@@ -141,10 +184,11 @@ def attach(
     refuse static caches and gradient checkpointing; every architecture refuses reentrant checkpointing.
 
     Args:
-        model: a decoder of `transformers`, or an encoder of text or images, with any head on it, computing attention
-            with sdpa or eager.
+        model: a decoder of `transformers`, an encoder of text or images, or an encoder-decoder (BART, T5), with any
+            head on it, computing attention with sdpa or eager.
         prefix: a loaded file, a `KeyValuePrefix`, an `EmbeddingPrompt` (folded once, here), or a method such as
-            `methods.prefix_tuning.PrefixTuning`.
+            `methods.prefix_tuning.PrefixTuning`; for an encoder-decoder a file with prefixes, `KeyValuePrefixes`, or
+            `methods.prefix_tuning.PrefixesTuning`.
         freeze: stop gradients into the backbone's parameters, heads included (`detach` lets flow what flowed before).
         allow_mismatch: take a file that was made for other weights, as long as the shapes fit.
 
@@ -161,15 +205,22 @@ def attach(
         if not allow_mismatch:
             check_origin(prefix, model)
         prefix = injection(prefix)
+    kept, kind = (fitting, PairAttachment) if is_pair(model.config) else (_kept, Attachment)
     with torch.no_grad():
-        method = prefix if isinstance(prefix, nn.Module) else FixedPrefix(fold(model, prefix))
-        check_fits(model, fold(model, method()))
-    attachment = Attachment(model, method)
+        method = prefix if isinstance(prefix, nn.Module) else FixedPrefix(kept(model, prefix))
+        kept(model, method())
+    attachment = kind(model, method)
     if freeze:
         attachment.freeze()
     # Weights that accelerate keeps elsewhere are on "meta", which holds no numbers.
     model.add_module(_NAME, method if model.device.type == "meta" else method.to(model.device))
     return model
+
+
+def _kept(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
+    prefix = fold(model, received)
+    check_fits(model, prefix)
+    return prefix
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,20 +232,21 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if not hasattr(model, _NAME):
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
     delattr(model, _NAME)
-    model.__dict__[_ATTACHMENT].remove()
+    model.__dict__[ATTACHMENT].remove()
     return model
 
 
 def _refuse_unready(model: PreTrainedModel) -> None:
     where = model.config.model_type
-    if getattr(model.config, "is_encoder_decoder", False):
-        step = "`prefixkit train` and `prefixkit eval` give it its prefixes"
-        raise BackboneError(where, expected="a decoder to attach to", found="an encoder-decoder", next_step=step)
     if hasattr(model, _NAME):
         raise BackboneError(where, found="a prefix that is attached already", next_step="call detach(model) first")
-    if _ATTACHMENT in model.__dict__:
+    if ATTACHMENT in model.__dict__:
         step = "call release() on that backbone first"
         raise BackboneError(where, found="a model that a loaded backbone is using", next_step=step)
+    if is_pair(model.config):
+        refuse_untried(model.config, where)
+        implementation(model)
+        return
     if uses_registry(model):
         implementation(model)
     if not takes_positions(model) and not has_alibi(model.config) and not is_encoder(model.config):
@@ -232,7 +284,18 @@ def check_origin(prefix: Prefix, model: PreTrainedModel) -> None:
         matches(prefix, _identified(model, folder))
 
 
+def stacks_of(model: PreTrainedModel) -> dict[str, tuple[LayerGeometry, ...]]:
+    """The geometry of an encoder-decoder's stacks, measured anew where nothing is attached."""
+    attachment = model.__dict__.get(ATTACHMENT)
+    if isinstance(attachment, PairAttachment):
+        return attachment.geometry
+    return measure_stacks(model, model.config.model_type)
+
+
 def _identified(model: PreTrainedModel, folder: Path) -> BackboneIdentity:
+    if is_pair(model.config):
+        stacks = stacks_of(model)
+        return identify(folder, folder.name, None, model.config, stacks["decoder"], encoder=stacks["encoder"])
     if is_encoder(model.config):
         return identify(folder, folder.name, None, model.config, (), encoder=measure_encoder(model))
     return identify(folder, folder.name, None, model.config, measure(model, model.config.model_type))

@@ -32,6 +32,8 @@ from prefixkit.format.manifest import LayerGeometry
 
 KEYWORD = "prefixkit_injected"
 """The keyword argument of a decoder's forward pass that holds an `Injected`."""
+ATTACHMENT = "_prefixkit_attachment"
+"""The attribute of a model that holds what has hooks on it."""
 _NAME = "prefixkit_{}"
 _LAYER = "prefixkit_layer"
 

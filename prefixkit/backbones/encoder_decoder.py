@@ -1,4 +1,4 @@
-"""A frozen encoder-decoder: the encoder reads the prompt, the decoder writes the target."""
+"""A frozen encoder-decoder: the encoder reads the source, the decoder writes the target."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attention import Injected
 from prefixkit.backbones.backbone import Backbone, without_habits
-from prefixkit.backbones.stacks import Stacks
-from prefixkit.errors import BackboneError
+from prefixkit.backbones.pair import NO_POSITIONS as NO_POSITIONS
+from prefixkit.backbones.pair import refuse_positions
+from prefixkit.backbones.stacks import Stacks, placed
+from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
-
-NO_POSITIONS = Positions(text_start=0, prefix_takes_positions=False)
-"""Where text starts on an encoder-decoder: at 0, as if there were no prefix."""
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, part_of
 
 
 @dataclass
 class EncoderDecoder(Backbone):
     """An encoder-decoder with frozen weights.
+
+    It takes prefixes, or a prompt at the encoder's input: vectors in front of those of the source, which see the source
+    and are looked at by the decoder as it is (Lester et al. 2021, arXiv 2104.08691). Such a prompt has no keys and
+    values of its own and is not folded. It stands at the positions before the text: BART counts the text from its end,
+    and T5's distances count its vectors.
 
     The encoder reads the ids of a prompt as they are: BART and T5 were taught that a source ends with EOS, and it is
     the task's separator that puts it there (`{eos}` where a task does not say otherwise). The decoder begins with the
@@ -41,6 +44,16 @@ class EncoderDecoder(Backbone):
         return Stacks(self.model)
 
     @property
+    def vocabulary(self) -> Tensor:
+        """[vocab, hidden]: the vector of every token that the encoder reads, after the model's embedding scale."""
+        return self._read_by(torch.arange(self.identity.vocab_size, device=self.device)).detach()
+
+    def _read_by(self, token_ids: Tensor) -> Tensor:
+        # Without tied weights BART's encoder has a table of its own, and the model's first one is not read.
+        vectors: Tensor = self.model.get_encoder().get_input_embeddings()(token_ids)
+        return vectors
+
+    @property
     def longest_text(self) -> int | None:
         """Tokens that `key_values_of` takes at most; None without a limit."""
         return self.context_length
@@ -50,28 +63,45 @@ class EncoderDecoder(Backbone):
         return self.context_length
 
     def room_behind(self, prefix: Injection | None) -> int | None:
-        """The whole context, as of `room_for_text`."""
-        return self.context_length
+        """What a prompt leaves of the context; prefixes leave the whole of it."""
+        prompt, context = part_of(prefix, EmbeddingPrompt), self.context_length
+        return context if prompt is None or context is None else context - prompt.length
 
     def refuse_unplaceable(self, received: Injection) -> None:
-        """Refuse what is no set of prefixes, and text that would start elsewhere than at 0.
+        """Refuse what is neither a set of prefixes nor a prompt before the source, and text that starts elsewhere.
 
         Raises:
             BackboneError: see above.
+            MismatchError: prompt vectors of another width than the model's.
         """
-        where = self.identity.family
-        if not isinstance(received, KeyValuePrefixes):
-            expected, found = "prefixes for an encoder-decoder", f"a {type(received).__name__}"
-            raise BackboneError(where, expected=expected, found=found)
-        for part in received.parts:
-            if part.positions != NO_POSITIONS:
-                found = f"{part.place} with text that starts at {part.positions.text_start}"
-                raise BackboneError(where, expected="prefixes that take no positions", found=found)
+        match received:
+            case KeyValuePrefixes(parts=parts):
+                refuse_positions(parts, self.identity.family)
+            case EmbeddingPrompt():
+                self._refuse_prompt(received)
+            case _:
+                expected, found = "prefixes or a prompt for an encoder-decoder", f"a {type(received).__name__}"
+                raise BackboneError(self.identity.family, expected=expected, found=found)
 
-    def fold(self, received: Injection) -> KeyValuePrefixes:
-        """`received`, which is keys and values already. Raises BackboneError for anything else."""
+    def _refuse_prompt(self, prompt: EmbeddingPrompt) -> None:
+        where, length = self.identity.family, prompt.length
+        if (prompt.stack, prompt.placement, prompt.positions) != ("encoder", "prepend", Positions(text_start=length)):
+            start = f"with text that starts at {prompt.positions.text_start}"
+            found = f"one of the {prompt.stack}, placed {prompt.placement}, {start}"
+            expected = f"a prompt at the encoder's input, with text that starts at {length}, behind it"
+            raise BackboneError(where, expected=expected, found=found)
+        if prompt.embeddings.shape[1] != self.hidden_size:
+            expected, found = f"prompt vectors of width {self.hidden_size}", f"{prompt.embeddings.shape[1]}"
+            step = "use the backbone that the prompt was trained on"
+            raise MismatchError(where, expected=expected, found=found, next_step=step)
+        if (room := self.room_behind(prompt)) is not None and room < 2:
+            expected = f"a prompt shorter than the context of {self.context_length} tokens"
+            raise BackboneError(where, expected=expected, found=f"{length} vectors")
+
+    def fold(self, received: Injection) -> KeyValuePrefixes | EmbeddingPrompt:
+        """`received` itself: keys and values already, or a prompt, which has none. Raises as `refuse_unplaceable`."""
         self.refuse_unplaceable(received)
-        assert isinstance(received, KeyValuePrefixes)
+        assert isinstance(received, (KeyValuePrefixes, EmbeddingPrompt))
         return received
 
     def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
@@ -80,12 +110,27 @@ class EncoderDecoder(Backbone):
         raise BackboneError(self.identity.family, expected="no head", found="one", next_step=step)
 
     @contextmanager
-    def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:
-        """The model with `prefix` in it for the length of a `with` block."""
-        parts = () if prefix is None else self.fold(prefix).parts
-        received = {(part.stack, part.attention): Injected(keys=part.keys, values=part.values) for part in parts}
-        with self._stacks.receiving(received) as model:
+    def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:
+        """The model with the prefixes of `received` in it, for the length of a `with` block."""
+        folded = None if received is None else self.fold(received)
+        with self._stacks.receiving(placed(folded if isinstance(folded, KeyValuePrefixes) else None)) as model:
             yield model
+
+    @contextmanager
+    def _reading(
+        self, input_ids: Tensor, attention_mask: Tensor | None, received: Injection | None
+    ) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+        """The model with `received` in it, and the source to call it with, padded on the right."""
+        with self.injected(received) as model:
+            prompt = part_of(received, EmbeddingPrompt)
+            if prompt is None:
+                yield model, {"input_ids": input_ids, "attention_mask": attention_mask}
+                return
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            vectors: Tensor = self._read_by(input_ids)
+            rows = prompt.embeddings.to(vectors).expand(len(vectors), -1, -1)
+            seen = torch.cat([mask.new_ones(rows.shape[:2]), mask], dim=1)
+            yield model, {"inputs_embeds": torch.cat([rows, vectors], dim=1), "attention_mask": seen}
 
     def release(self) -> PreTrainedModel:
         """The model as `transformers` made it, without our hooks."""
@@ -108,13 +153,8 @@ class EncoderDecoder(Backbone):
         """
         if attention_mask is not None:
             input_ids, attention_mask = _real_first(input_ids, attention_mask)
-        with self.injected(prefix) as model:
-            logits: Tensor = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                decoder_input_ids=decoder_input_ids,
-                use_cache=False,
-            ).logits
+        with self._reading(input_ids, attention_mask, prefix) as (model, source):
+            logits: Tensor = model(**source, decoder_input_ids=decoder_input_ids, use_cache=False).logits
         return logits
 
     def target_logits(
@@ -167,9 +207,9 @@ class EncoderDecoder(Backbone):
         It ends before the first stop token, after `max_new_tokens`, or where the context does.
 
         Raises:
-            BackboneError: a prompt longer than the context.
+            BackboneError: a prompt longer than the context, or than what `prefix` leaves of it.
         """
-        self._refuse_too_long(max(map(len, prompts)))
+        self._refuse_too_long(max(map(len, prompts)), self.room_behind(prefix))
         settings = GenerationConfig(
             num_beams=num_beams,
             do_sample=False,
@@ -181,10 +221,10 @@ class EncoderDecoder(Backbone):
         written = self._written(prompts, prefix, settings)
         return [list(takewhile(lambda token: token not in stop, row)) for row in written]
 
-    def _refuse_too_long(self, longest: int) -> None:
-        context = self.context_length
-        if context is not None and longest > context:
-            expected = f"at most {context} tokens, the context"
+    def _refuse_too_long(self, longest: int, room: int | None) -> None:
+        if room is not None and longest > room:
+            whole = "the context" if room == self.context_length else "what the prompt leaves of the context"
+            expected = f"at most {room} tokens, {whole}"
             raise BackboneError("prompt", expected=expected, found=f"{longest}", next_step="shorten it")
 
     def _written(
@@ -193,12 +233,9 @@ class EncoderDecoder(Backbone):
         width = max(map(len, prompts))
         rows = [[*prompt, *[settings.pad_token_id] * (width - len(prompt))] for prompt in prompts]
         mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
-        with self.injected(prefix) as model, without_habits(model):
-            written = model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(mask, device=self.device),
-                generation_config=settings,
-            )
+        read = torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
+        with self._reading(*read, prefix) as (model, source), without_habits(model):
+            written = model.generate(**source, generation_config=settings)
         targets: list[list[int]] = written[:, 1:].tolist()
         return targets
 

@@ -8,12 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prefixkit import __version__
+from prefixkit.backbones.attach import stacks_of
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import is_encoder, windows
 from prefixkit.backbones.identity import identify, origin
+from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry, Manifest, Provenance, TaskRecord
-from prefixkit.injections import KeyValuePrefix, TaskHead, joined, parts_of, records_of
+from prefixkit.injections import Injection, KeyValuePrefix, TaskHead, joined, parts_of, records_of
 from prefixkit.prefix import Prefix
 
 
@@ -44,7 +46,7 @@ def snapshot(
     injection = attached()
     whole = joined((*parts_of(injection), *([head] if head is not None else [])))
     manifest = Manifest(
-        backbone=_identity(model, fold(model, injection)),
+        backbone=_identity(model, injection),
         injections=records_of(whole),
         provenance=Provenance(method=method, prefixkit=__version__),
         task=task,
@@ -52,7 +54,7 @@ def snapshot(
     return Prefix(manifest, whole.arrays())
 
 
-def _identity(model: PreTrainedModel, prefix: KeyValuePrefix) -> BackboneIdentity:
+def _identity(model: PreTrainedModel, injection: Injection) -> BackboneIdentity:
     config = model.config
     folder = origin(config)
     if folder is None:
@@ -64,7 +66,11 @@ def _identity(model: PreTrainedModel, prefix: KeyValuePrefix) -> BackboneIdentit
         )
     source = config._name_or_path
     name = folder.name if Path(source).is_dir() else source
-    geometry, revision = _geometry(model, prefix), getattr(config, "_commit_hash", None)
+    revision = getattr(config, "_commit_hash", None)
+    if is_pair(config):
+        stacks = stacks_of(model)
+        return identify(folder, name, revision, config, stacks["decoder"], encoder=stacks["encoder"])
+    geometry = _geometry(model, fold(model, injection))
     if is_encoder(config):
         return identify(folder, name, revision, config, (), encoder=geometry)
     return identify(folder, name, revision, config, geometry)

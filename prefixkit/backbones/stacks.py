@@ -7,7 +7,7 @@ BART counts the text from 0 as if there were no prefix, and T5's bias by distanc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,18 +17,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attention import KEYWORD, Injected, Seen, number, route, uninstall
+from prefixkit.backbones.attention import ATTACHMENT, KEYWORD, Injected, Seen, number, route, uninstall
 from prefixkit.backbones.geometry import evaluating, one_token
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.format.names import ATTENTIONS
+from prefixkit.injections import KeyValuePrefixes
 
 Place = tuple[str, str]
 """Stack and attention, one of `prefixkit.format.names.ATTENTIONS`."""
 
 
+def placed(prefixes: KeyValuePrefixes | None) -> dict[Place, Injected]:
+    """`prefixes` by the place that receives them; nothing for None."""
+    parts = () if prefixes is None else prefixes.parts
+    return {(part.stack, part.attention): Injected(keys=part.keys, values=part.values) for part in parts}
+
+
 class Stacks:
     """Hooks on the encoder and the decoder of a model. They hand each attention what it receives.
+
+    Args:
+        made: what that is outside `receiving`, asked for anew by each stack in each pass; nothing by default.
 
     Attributes:
         probed: what the layers of each attention saw of two tokens read and one written.
@@ -37,9 +47,9 @@ class Stacks:
         BackboneError: the model's attention implementation cannot be given a prefix.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.previous = model, route(model)
-        self._received: Mapping[Place, Injected] = {}
+    def __init__(self, model: PreTrainedModel, made: Callable[[], Mapping[Place, Injected]] = dict) -> None:
+        self.model, self.previous, self.made = model, route(model), made
+        self._received: Mapping[Place, Injected] | None = None
         stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
         self._hooks = [
             stack.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
@@ -50,9 +60,11 @@ class Stacks:
             self.probed = self.look(token.expand(1, 2), token)
         for seen in self.probed.values():
             number(seen)
+        model.__dict__[ATTACHMENT] = self
 
     def remove(self) -> None:
         """Take the hooks off; the model is as it was."""
+        self.model.__dict__.pop(ATTACHMENT, None)
         for hook in self._hooks:
             hook.remove()
         uninstall(self.model, self.previous)
@@ -64,7 +76,7 @@ class Stacks:
         try:
             yield self.model
         finally:
-            self._received = {}
+            self._received = None
 
     @torch.no_grad()
     def look(self, source: Tensor, target: Tensor) -> dict[Place, list[Seen]]:
@@ -76,9 +88,10 @@ class Stacks:
         return seen
 
     def _before(self, stack: str, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
-        injected = self._received.get((stack, "self"), Injected())
+        received = self.made() if self._received is None else self._received
+        injected = received.get((stack, "self"), Injected())
         if stack == "decoder":
-            injected = replace(injected, cross=self._received.get((stack, "cross"), Injected()))
+            injected = replace(injected, cross=received.get((stack, "cross"), Injected()))
         return arguments, {**keywords, KEYWORD: injected}
 
 

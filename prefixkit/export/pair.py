@@ -58,7 +58,9 @@ def load_pair(backbone: Backbone | str | Path, dtype: str) -> EncoderDecoder:
 def fitting_pair(prefix: Prefix, backbone: EncoderDecoder, allow_mismatch: bool) -> KeyValuePrefixes:
     """What `prefix` injects, refused where `backbone` cannot have it."""
     matches(prefix, backbone.identity, allow_mismatch=allow_mismatch)
-    return backbone.fold(injection(prefix))
+    received = backbone.fold(injection(prefix))
+    assert isinstance(received, KeyValuePrefixes)
+    return received
 
 
 def trace_pair(backbone: EncoderDecoder) -> Mapping[str, ir.Model]:

@@ -43,7 +43,7 @@ METHODS = {
         MethodEntry(
             name="prompt-tuning",
             injection="embedding_prompt",
-            backbones=("decoder", "encoder"),
+            backbones=("decoder", "encoder", "encoder-decoder"),
             trains="input vectors before the text",
             init=("text", "text:WORDS", "vocabulary", "uniform", "uniform:code", "labels", "npy:FILE", "prefix:FILE"),
             paper="Lester et al. 2021, arXiv 2104.08691",

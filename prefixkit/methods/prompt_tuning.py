@@ -1,7 +1,8 @@
 """Prompt Tuning (Lester et al. 2021, arXiv 2104.08691): trained input vectors before the text.
 
-The paper's models are T5; this is its decoder-only form, whose prompt stands at the first positions. `uniform` is
-the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which is `uniform:code`.
+On T5, the paper's model, and on BART the prompt stands at the encoder's input, and the decoder looks at it too. On
+decoders it stands at the first positions. `uniform` is the paper's U(-0.5, 0.5); its code draws from U(0, 0.5), which
+is `uniform:code`.
 
 How far token vectors spread differs by orders of magnitude between models. By default the learning rate counts in the
 spread of the backbone's own, so that one rate serves them all. The paper counts in ones and trains with Adafactor:
@@ -61,7 +62,7 @@ class Settings:
         return {"none": 3e-1, "mlp": 2e-3}[self.reparameterization]
 
     def on(self, kind: str) -> Settings:
-        """The same: there is one kind of backbone for it."""
+        """The same on each of them."""
         return self
 
 

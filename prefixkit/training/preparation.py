@@ -83,7 +83,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
     material = material_for(config, backbone, task, tokenizer, encoded, parents)
     method = method_for(config, backbone, task, material, parents)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
-    if (left := backbone.room_behind(teacher)) is not None and left < task.max_length:
+    if (left := backbone.room_behind(teacher or method())) is not None and left < task.max_length:
         task = replace(task, max_length=left)
         encoded = encode(task, tokenizer, backbone, examples)
     collate = collate_for(task, backbone)

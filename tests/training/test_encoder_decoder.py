@@ -1,11 +1,13 @@
-"""Prefix-Tuning on encoder-decoders by the whole path: trained, repeated, resumed, inspected, scored, refused."""
+"""Prefix-Tuning and Prompt Tuning on encoder-decoders by the whole path: trained, repeated, inspected, scored."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from tests.training.test_loop import Interrupted, settings
 Folder = Callable[[str], Path]
 Out = pytest.CaptureFixture[str]
 FAMILIES = ["bart_uneven", "t5_uneven"]
+PROMPT = {"name": "prompt-tuning", "length": 4}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,77 @@ def test_a_file_comes_back_bit_for_bit_and_is_a_start(folder: Folder, records: P
     second = loop.train(settings(folder("t5_uneven"), records, tmp_path / "r", method=child, steps=0))
     assert second.manifest.provenance.parents == (first.manifest.content,)
     assert all((second.tensors[name] == array).all() for name, array in first.tensors.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_learns_repeats_itself_and_resumes_to_the_byte(
+    folder: Folder, records: Path, tmp_path: Path, family: str
+) -> None:
+    rates = {"method": PROMPT, "optimizer": {"lr": 1.0}}
+    one, broken = (settings(folder(family), records, tmp_path / name, **rates) for name in ("one", "broken"))
+    loop.train(one, listener=(heard := Interrupted()))
+    assert heard.validations[-1].loss < heard.validations[0].loss - 0.02
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken, listener=Interrupted(5))
+    loop.train(broken, resume=True)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompts_file_says_where_text_starts_comes_back_and_scores(
+    folder: Folder, records: Path, tmp_path: Path, capfd: Out, family: str
+) -> None:
+    path, backbone = tmp_path / "p.safetensors", str(folder(family))
+    first = loop.train(settings(folder(family), records, path, method=PROMPT, optimizer={"lr": 1.0}))
+    (record,) = first.manifest.injections
+    assert (record.kind, record.stack, record.placement, record.length) == ("embedding_prompt", "encoder", "prepend", 4)
+    assert record.positions == Positions(text_start=4, prefix_takes_positions=True)
+    assert {name: array.shape for name, array in first.tensors.items()} == {"prompt.embeddings": (4, 64)}
+    received = injection(load(path))
+    again = save(type(first)(first.manifest, received.arrays()), tmp_path / "q")
+    assert again.manifest == first.manifest
+    assert path.read_bytes() == (tmp_path / "q").read_bytes()
+    assert run(["inspect", str(path), "--backbone", backbone]) == 0
+    assert "fits backbone" in capfd.readouterr().out
+    scoring = ["eval", str(path), "--backbone", backbone, "--data", str(records), "--limit", "6", "--json"]
+    losses = []
+    for more in ([], ["--num-beams", "2"], ["--no-prefix"]):
+        assert run([*scoring, "--max-new-tokens", "4", *more]) == 0
+        losses.append(json.loads(capfd.readouterr().out)["metrics"]["loss"])
+    assert losses[0] == losses[1] < losses[2] - 0.02
+
+
+@pytest.mark.parametrize("init", ["text:blue mill", "vocabulary", "uniform", "uniform:code", "prefix"])
+def test_a_prompt_starts_where_it_is_asked_to(folder: Folder, records: Path, tmp_path: Path, init: str) -> None:
+    run_of = partial(settings, folder("t5_uneven"), records, steps=0)
+    parent = loop.train(run_of(tmp_path / "parent", method=PROMPT))
+    asked = f"prefix:{tmp_path / 'parent'}" if init == "prefix" else init
+    made = loop.train(run_of(tmp_path / "p", method={**PROMPT, "init": asked})).tensors["prompt.embeddings"]
+    assert np.array_equal(made, parent.tensors["prompt.embeddings"]) == (init == "prefix")
+
+
+def test_a_prompt_starts_from_labels_and_chooses_among_them(folder: Folder, tmp_path: Path, capfd: Out) -> None:
+    task, data, path = (tmp_path / name for name in ("task.toml", "data.jsonl", "p.safetensors"))
+    task.write_text('input_template = "{text}"\n[verbalizer]\n1 = "cheap"\n0 = "blue mill"\n')
+    rows = [{"text": text, "label": label} for text, label in (("the pub", 1), ("eagle", 0))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    method = {**PROMPT, "init": "labels"}
+    asked = {"method": method, "task": str(task), "batch_size": 2}
+    backbone = load_backbone(folder("t5_uneven"))
+    words = load_tokenizer(backbone.folder)
+    start = loop.train(settings(folder("t5_uneven"), data, path, steps=0, **asked)).tensors["prompt.embeddings"]
+    means = [backbone.vocabulary[words.encode_text(word)].mean(dim=0) for word in ("cheap", "blue mill")]
+    assert np.abs(start[:2] - torch.stack(means).numpy()).max() <= 1e-6
+    loop.train(settings(folder("t5_uneven"), data, path, steps=4, **asked))
+    scoring = ["eval", str(path), "--backbone", str(backbone.folder), "--data", str(data), "--json"]
+    assert run(scoring) == 0
+    assert 0 <= json.loads(capfd.readouterr().out)["metrics"]["accuracy"] <= 100
+
+
+def test_a_prompt_shortens_what_fits_a_context_with_an_end(folder: Folder, records: Path, tmp_path: Path) -> None:
+    prompt = settings(folder("bart_uneven"), records, tmp_path / "p", method=PROMPT)
+    assert loop.prepare(prompt).task.max_length == 128 - 4
+    assert loop.prepare(settings(folder("bart_uneven"), records, tmp_path / "p")).task.max_length == 128
 
 
 @pytest.mark.parametrize(("family", "begin"), [("bart_uneven", "<s>"), ("t5_uneven", "")])
