@@ -58,12 +58,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", type=int, nargs="?", default=300)
+    parser.add_argument("steps", type=int, nargs="?", default=100)
     parser.add_argument("--backbone", default=str(BACKBONE))
     parser.add_argument("--documents", type=int)
     parser.add_argument("--first", type=int, default=0, help="The seed of the first document.")
     parser.add_argument("--questions", type=int, default=600)
-    parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--top", type=int, default=8192, help="Of the teacher's likeliest tokens; all of them.")
     options = parser.parse_args()
     if options.documents is None:

@@ -56,7 +56,12 @@ def key_values_in(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, offse
 
 def _seen(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Seen]:
     _refuse_outside(model)
-    return look(model, inputs)
+    seen, layers = look(model, inputs), model.config.num_hidden_layers
+    reached = len({id(layer.module) for layer in seen})
+    if not len(seen) == reached == layers:
+        expected = f"a prefix to reach the attention of all {layers} layers"
+        raise BackboneError(model.config.model_type, expected=expected, found=f"{reached}")
+    return seen
 
 
 def _refuse_outside(model: PreTrainedModel) -> None:

@@ -28,8 +28,12 @@ Folder = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
 
-ON_DECODERS = [name for name in TRAINED if "decoder" in METHODS[name].backbones and name != "linear-probe"]
-"""A probe alone changes no word that a decoder writes."""
+ON_DECODERS = [
+    name
+    for name in TRAINED
+    if "decoder" in METHODS[name].backbones and name != "linear-probe" and METHODS[name].slots != "needed"
+]
+"""A probe alone changes no word that a decoder writes; what needs slots is in test_slots.py."""
 LR = {"prompt-tuning": 1.0, "p-tuning": 0.01, "bitfit": 0.02}
 """What moves a tiny random model within a few steps."""
 

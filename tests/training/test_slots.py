@@ -142,12 +142,13 @@ def test_what_cannot_be_is_refused_in_a_line(folder: Path, tmp_path: Path, capfd
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize(("method", "lr"), [("prompt-tuning", "1"), ("optiprompt", "0.1"), ("p-tuning", "0.01")])
 def test_an_infix_stands_between_input_and_target(
-    backbone_folder: Callable[..., Path], records: Path, tmp_path: Path, capfd: Out
+    backbone_folder: Callable[..., Path], records: Path, tmp_path: Path, capfd: Out, method: str, lr: str
 ) -> None:
     (tmp_path / "infix.toml").write_text('separator = " {slot}{slot}\\n"\n')
     asked = ["--backbone", str(backbone_folder("gpt2")), "--data", str(records)]
-    made = ["train", *asked, "--method", "prompt-tuning", "--task", str(tmp_path / "infix.toml"), "--lr", "1"]
+    made = ["train", *asked, "--method", method, "--task", str(tmp_path / "infix.toml"), "--lr", lr]
     assert run([*made, "-o", str(tmp_path / "infix"), "--steps", "40"]) == 0
     losses = []
     for more in ([], ["--no-prefix"]):
