@@ -25,7 +25,7 @@ import torch
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.load import load_backbone
-from prefixkit.data.batches import EncodedExample, TrainingBatches, encode_examples
+from prefixkit.data.batches import EncodedExample, TrainingBatches, collate, encode_examples
 from prefixkit.data.readers import read_examples
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.methods import initialization
@@ -93,7 +93,7 @@ def fit(
         if spent * VALIDATIONS >= due:
             due, paused = due + 1, time.process_time()
             with torch.no_grad():
-                loss = mean_loss(backbone, validation, arm.injection(), 64)
+                loss = mean_loss(backbone, validation, arm.injection(), 64, next_token, collate)
             began += time.process_time() - paused
             print(f"{spent:4.0%} step {step} validation {loss:.4f}", flush=True)
             if loss < best_loss:
