@@ -19,6 +19,10 @@ from prefixkit.task.encode import fit_prompt as fit_prompt
 from prefixkit.task.encode import input_fields as input_fields
 from prefixkit.task.encode import stop_ids as stop_ids
 from prefixkit.task.images import image_task as image_task
+from prefixkit.task.located import CHOICE as CHOICE
+from prefixkit.task.located import LocatedPrompt as LocatedPrompt
+from prefixkit.task.located import fit_choice as fit_choice
+from prefixkit.task.located import locate as locate
 from prefixkit.task.tokenizer import ModelTokenizer as ModelTokenizer
 from prefixkit.task.tokenizer import load_tokenizer as load_tokenizer
 from prefixkit.task.words import encode_words as encode_words
