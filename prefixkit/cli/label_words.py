@@ -26,7 +26,7 @@ def label_words(
     from prefixkit.backbones.encoder import Encoder
     from prefixkit.backbones.load import load_backbone
     from prefixkit.cli.training_display import quiet_transformers
-    from prefixkit.data.labelled import read_labelled
+    from prefixkit.data.answered import read_answered
     from prefixkit.errors import ConfigError
     from prefixkit.task import load_task, load_tokenizer
     from prefixkit.training.examples import with_labels
@@ -40,7 +40,7 @@ def label_words(
     contract = load_task(task, tokenizer, max_length=model.room_for_text(0) or 2048, kind=model.kind)
     if contract.answer != "label":
         raise ConfigError("--task", expected='a task with answer = "label"', found=repr(task))
-    examples = read_labelled(data, contract)
+    examples = read_answered(data, contract)
     contract = with_labels(contract, examples, data)
     found = search(model, contract, tokenizer, examples, words=words, steps=steps, seed=seed)
     if as_json:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefixkit.backbones.encoder import Encoder
+from prefixkit.data.answered import encode_answered
 from prefixkit.data.labelled import LabelledExample
-from prefixkit.data.labelled_batches import LabelledRow, collate_labels, encode_labelled
+from prefixkit.data.labelled_batches import LabelledRow, collate_labels
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.task import ModelTokenizer, slots_of
@@ -66,7 +67,7 @@ def states_at_mask(
     Raises:
         ConfigError: a task whose texts have no mask, or several.
     """
-    rows: list[LabelledRow] = encode_labelled(task, tokenizer, examples)
+    rows: list[LabelledRow] = encode_answered(task, tokenizer, examples)
     mask, states = tokenizer.named_id("mask_token"), []
     if mask is None:
         raise ConfigError(tokenizer.folder, expected="a mask token", found="none")
