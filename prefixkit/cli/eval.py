@@ -38,8 +38,8 @@ def evaluate(
 ) -> None:
     """Score a prefix: loss, and BLEU, NIST, ROUGE-L and CIDEr of what the model writes with it.
 
-    A task with labels is scored by accuracy and F1 of those that the model or the file's head chooses; tags by the F1
-    of whole entities.
+    A task with labels is scored by accuracy and F1 of those that the model or the file's head chooses, one with
+    choices by accuracy; tags by the F1 of whole entities, spans by F1 and exact match as SQuAD has them.
     """
     from prefixkit.cli.jsonl import write_jsonl
     from prefixkit.cli.training_display import progress_of, quiet_transformers

@@ -63,8 +63,9 @@ class TrainingDisplay:
 
     def on_validation(self, validation: Validation) -> None:
         """One line a validation."""
-        mark = " (best)" if validation.best else ""
-        self.console.print(f"step {validation.step}: validation loss {validation.loss:.4f}{mark}", highlight=False)
+        told = f"step {validation.step}: validation loss {validation.loss:.4f}"
+        told += "" if validation.score is None else f", score {validation.score:.2f}"
+        self.console.print(told + (" (best)" if validation.best else ""), highlight=False)
 
     def on_message(self, message: str) -> None:
         """One line."""

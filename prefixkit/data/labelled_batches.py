@@ -1,14 +1,14 @@
-"""Examples that a head answers, as token ids and label numbers, in padded batches."""
+"""Labelled examples as token ids and numbers of labels, in padded batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prefixkit.data.batches import IGNORED, Collate, rectangle
+from prefixkit.data.batches import IGNORED, rectangle
 from prefixkit.data.labelled import LabelledExample
 from prefixkit.errors import DataError
 from prefixkit.format.manifest import TaskRecord
@@ -60,30 +60,29 @@ class LabelledBatch:
         """Examples."""
         return len(self.labels)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """The scores among which each label was chosen, in the last dimension, of the head's `outputs`."""
+        return outputs
 
-def encode_labelled(
-    task: TaskRecord, tokenizer: ModelTokenizer, examples: Iterable[LabelledExample]
-) -> list[LabelledRow]:
-    """Each example as the task says. Raises DataError, at the example's line, where one cannot be made to fit."""
-    encode = _tagged if task.answer == "tags" else _classified
-    number = {label: index for index, label in enumerate(task.labels or ())}
-    return [encode(task, tokenizer, example, number) for example in examples]
+    def best(self, scores: Tensor) -> list[list[int]]:
+        """The numbers that `scores` make best for each example: one, or one for each word."""
+        best = scores.argmax(dim=-1).cpu().reshape(len(self.labels), -1)
+        learned = (self.labels != IGNORED).reshape(len(self.labels), -1)
+        return [row[known].tolist() for row, known in zip(best, learned, strict=True)]
 
 
-def _classified(
-    task: TaskRecord, tokenizer: ModelTokenizer, example: LabelledExample, number: Mapping[str, int]
-) -> LabelledRow:
+def encode_label(task: TaskRecord, tokenizer: ModelTokenizer, example: LabelledExample) -> LabelledRow:
+    """An example with one label. Raises DataError where it cannot be made to fit."""
     ids, lost = fit_prompt(task, tokenizer, example.fields, where=example.where)
-    return LabelledRow(tuple(ids), (number[example.answer],), lost)
+    return LabelledRow(tuple(ids), ((task.labels or ()).index(example.answer),), lost)
 
 
-def _tagged(
-    task: TaskRecord, tokenizer: ModelTokenizer, example: LabelledExample, number: Mapping[str, int]
-) -> LabelledRow:
+def encode_tags(task: TaskRecord, tokenizer: ModelTokenizer, example: LabelledExample) -> LabelledRow:
+    """An example with a tag for each word, which is learned at the word's first token. Raises DataError."""
     encoded = encode_words(task, tokenizer, example.fields["tokens"], where=example.where)
     labels = [IGNORED] * len(encoded.ids)
     for position, tag in zip(encoded.starts, example.answer, strict=False):
-        labels[position] = number[tag]
+        labels[position] = (task.labels or ()).index(tag)
     if not encoded.starts:
         raise DataError(example.where, expected="a word that fits", found="none")
     return LabelledRow(tuple(encoded.ids), tuple(labels), encoded.lost)
@@ -91,18 +90,15 @@ def _tagged(
 
 def collate_labels(rows: Sequence[LabelledRow]) -> LabelledBatch:
     """One batch of `rows` in order, of one label each."""
-    return LabelledBatch(_inputs(rows), torch.tensor([row.labels[0] for row in rows]))
+    return LabelledBatch(padded([row.ids for row in rows]), torch.tensor([row.labels[0] for row in rows]))
 
 
 def collate_tags(rows: Sequence[LabelledRow]) -> LabelledBatch:
     """One batch of `rows` in order, of a label a token."""
-    return LabelledBatch(_inputs(rows), rectangle([row.labels for row in rows], IGNORED)[0])
+    return LabelledBatch(padded([row.ids for row in rows]), rectangle([row.labels for row in rows], IGNORED)[0])
 
 
-def _inputs(rows: Sequence[LabelledRow]) -> dict[str, Tensor]:
-    input_ids, mask = rectangle([row.ids for row in rows], 0)
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of token ids, padded on the right."""
+    input_ids, mask = rectangle(rows, 0)
     return {"input_ids": input_ids, "attention_mask": mask}
-
-
-COLLATE: Mapping[str, Collate] = {"label": collate_labels, "tags": collate_tags}
-"""By the answer of a task."""

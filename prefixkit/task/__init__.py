@@ -22,6 +22,10 @@ from prefixkit.task.encode import spelled_ids as spelled_ids
 from prefixkit.task.encode import stop_ids as stop_ids
 from prefixkit.task.encode import without_slots as without_slots
 from prefixkit.task.images import image_task as image_task
+from prefixkit.task.located import CHOICE as CHOICE
+from prefixkit.task.located import LocatedPrompt as LocatedPrompt
+from prefixkit.task.located import fit_choice as fit_choice
+from prefixkit.task.located import locate as locate
 from prefixkit.task.tokenizer import SLOT_ID as SLOT_ID
 from prefixkit.task.tokenizer import ModelTokenizer as ModelTokenizer
 from prefixkit.task.tokenizer import load_tokenizer as load_tokenizer

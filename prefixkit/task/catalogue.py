@@ -12,7 +12,8 @@
 
 or, for a task that a trained head answers:
 
-    answer = "label"                   or "tags", one for each of the words {tokens}
+    answer = "label"                   or "tags", one for each of the words {tokens}; "choice" of what is put into
+                                       {choice}; "span", which is a part of the last field
     labels = ["negative", "positive"]  in the order of the head's outputs; by default the labels in the data
 
 What a file leaves out is as in the task `text`, except `bos`: it follows the tokenizer, which knows whether its model
@@ -39,6 +40,7 @@ from prefixkit.format.manifest import Answer, Bos, TaskRecord
 from prefixkit.spelling import did_you_mean
 from prefixkit.task.chat import chat_template_hash, render_chat, turn_end
 from prefixkit.task.encode import check_task, input_fields
+from prefixkit.task.located import check_answer_fields
 from prefixkit.task.template import escape
 from prefixkit.task.tokenizer import ModelTokenizer
 
@@ -67,9 +69,13 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = {
 }
 HEADS: Mapping[str, Mapping[str, Any]] = {
     "classification": {"answer": "label", "input_template": "{text}"},
+    "pair-classification": {"answer": "label", "input_template": "{text_a}{sep}{text_b}"},
     "tagging": {"answer": "tags", "input_template": "{tokens}"},
+    "multiple-choice": {"answer": "choice", "input_template": "{text}{sep}{choice}"},
+    "question-answering": {"answer": "span", "input_template": "{question}{sep}{context}"},
 }
-"""Tasks that a head answers."""
+"""Tasks that a head answers. Between two texts stand as many separators as the tokenizer's own post-processor puts
+there (RoBERTa's two), and on decoders the end of a line."""
 READY_MADE = (*TEMPLATES, *HEADS, "chat")
 _OURS = ("chat_template_hash", "filler_id", "image")
 KEYS = tuple(field.name for field in fields(TaskRecord) if field.name not in _OURS)
@@ -85,7 +91,7 @@ def load_task(
     """
     name = str(name_or_path)
     text = {**TEMPLATES["text"], **_usual(kind, tokenizer)}
-    templates = {**TEMPLATES, **{task: _answered(kind, head) for task, head in HEADS.items()}, "text": text}
+    templates = {**TEMPLATES, **{task: _answered(kind, head, tokenizer) for task, head in HEADS.items()}, "text": text}
     if name == "chat":
         return _chat(tokenizer, max_length)
     if name in templates:
@@ -115,9 +121,9 @@ def _silent(kind: str) -> dict[str, Any]:
     return {"separator": "", "target_template": "{target}", "stop": []}
 
 
-def _answered(kind: str, head: Mapping[str, Any]) -> dict[str, Any]:
-    opening = "{cls}" if kind == "encoder" else ""
-    return {**_silent(kind), **head, "input_template": opening + head["input_template"]}
+def _answered(kind: str, head: Mapping[str, Any], tokenizer: ModelTokenizer) -> dict[str, Any]:
+    opening, between = ("{cls}", "{sep}" * tokenizer.separators) if kind == "encoder" else ("", "\n")
+    return {**_silent(kind), **head, "input_template": opening + head["input_template"].replace("{sep}", between)}
 
 
 def _chat(tokenizer: ModelTokenizer, max_length: int) -> TaskRecord:
@@ -170,6 +176,7 @@ def _task(
         answer=given.get("answer"),
     )
     check_task(task, tokenizer)
+    check_answer_fields(task, where)
     if not input_fields(task):
         found, step = repr(task.input_template), "write a field in braces, such as {input}"
         raise ConfigError(where, expected="input_template with a field", found=found, next_step=step)
@@ -211,8 +218,8 @@ def _check_answer(where: str, given: Mapping[str, Any]) -> None:
         raise ConfigError(where, expected="a head's answer or a verbalizer", found="both")
     if labels is None:
         return
-    if answer is None:
-        raise ConfigError(where, expected='answer = "label" beside labels', found="none")
+    if answer not in ("label", "tags"):
+        raise ConfigError(where, expected='answer = "label" or "tags" beside labels', found=repr(answer))
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not texts or len(labels) < 2 or len(set(labels)) < len(labels):
         raise ConfigError(where, expected="labels = a list of two different ones at least", found=repr(labels))

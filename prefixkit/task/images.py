@@ -37,7 +37,8 @@ def image_record(folder: Path, channels: int) -> ImageRecord:
     path = folder / _FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        height, width = _size(stored.get("size"))
+        # A crop at the centre leaves what the model reads; here the whole image is resized to that.
+        height, width = _size(stored["crop_size"] if stored.get("do_center_crop") else stored.get("size"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = "none" if isinstance(error, FileNotFoundError) else f"an unreadable one ({error})"
         step = "AutoImageProcessor.from_pretrained(MODEL).save_pretrained(FOLDER) writes it"

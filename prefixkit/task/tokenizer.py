@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,13 @@ class ModelTokenizer:
         """Whether the model expects a BOS: its own post-processor puts one in front of every text."""
         return self.bos_id is not None and self.backend.encode("a").ids[:1] == [self.bos_id]
 
+    @cached_property
+    def separators(self) -> int:
+        """How many special tokens its post-processor puts between two texts: RoBERTa's two, BERT's one."""
+        owners = self.backend.encode("a", "a").sequence_ids
+        between = owners[owners.index(0) : owners.index(1)] if {0, 1} <= set(owners) else []
+        return max(1, between.count(None))
+
     def named_id(self, name: str) -> int | None:
         """The id of the special token of that name, such as `mask_token`; None without one."""
         return self.token_id(self.special_tokens.get(name))
@@ -75,17 +82,38 @@ class ModelTokenizer:
         Text between two special tokens is tokenised in one go, whoever wrote it.
         """
         ids: list[int] = []
+        for text, special in self._runs(parts):
+            ids += [self._marks[text]] if special else self.encode_text(text)
+        return ids
+
+    def encode_located(self, parts: Iterable[tuple[str, bool]]) -> list[tuple[int, int, int]]:
+        """What `encode_marked` gives, each id with the characters of all the text that it stands for: begin and end."""
+        located: list[tuple[int, int, int]] = []
+        before = 0
+        for text, special in self._runs(parts):
+            if special:
+                located.append((self._marks[text], before, before + len(text)))
+            else:
+                found = self.backend.encode(text, add_special_tokens=False)
+                places = zip(found.ids, found.offsets, strict=True)
+                located += [(id_, before + begin, before + end) for id_, (begin, end) in places]
+            before += len(text)
+        return located
+
+    def _runs(self, parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """The special tokens and slots of `parts`, True, and the text between them."""
         plain = ""
-        known = {**self.special_ids, SLOT_MARK: SLOT_ID}
         for text, trusted in parts:
             for piece in self._special_pattern.split(text) if trusted else (text,):
-                if trusted and piece in known:
-                    ids += self.encode_text(plain) if plain else []
-                    ids.append(known[piece])
+                if trusted and piece in self._marks:
+                    if plain:
+                        yield plain, False
+                    yield piece, True
                     plain = ""
                 else:
                     plain += piece
-        return ids + self.encode_text(plain) if plain else ids
+        if plain:
+            yield plain, False
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a chat template's output: special tokens are recognised wherever they stand."""
@@ -99,6 +127,10 @@ class ModelTokenizer:
     def special_ids(self) -> dict[str, int]:
         """The id of every special token, by its spelling."""
         return {token.content: id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _marks(self) -> dict[str, int]:
+        return {**self.special_ids, SLOT_MARK: SLOT_ID}
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:

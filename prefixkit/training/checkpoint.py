@@ -28,7 +28,8 @@ class State:
     Attributes:
         step: steps done.
         last_loss: nats a target token on the last batch.
-        best_loss, best_step, best: the best validation so far and the method's parameters then.
+        best_loss, best_score, best_step, best: the best validation so far and the method's parameters then. Without
+            scores `best_score` stays at 0.
         stale: validations since the best one.
         validated: the step that was validated last.
     """
@@ -36,6 +37,7 @@ class State:
     step: int = 0
     last_loss: float = float("nan")
     best_loss: float = float("inf")
+    best_score: float = 0.0
     best_step: int = 0
     best: dict[str, Tensor] | None = None
     stale: int = 0

@@ -65,17 +65,21 @@ class EvaluationConfig:
         every: steps between validations, and between checkpoints; 0 means a tenth of the run.
         patience: validations without improvement before stopping; 0 never stops early.
         limit: validation examples at most, taken evenly through the file.
+        metric: the best validation is the one of the lowest `loss`, or of the highest `score`: the accuracy or F1 of
+            what a head answers, as P-Tuning v2's code has it. Of equal scores the one of the lower loss.
     """
 
     every: int = 0
     patience: int = 0
     limit: int = 512
+    metric: str = "loss"
 
     def __post_init__(self) -> None:
         check_types(self, "evaluation.")
         at_least("every", self.every, 0)
         at_least("patience", self.patience, 0)
         at_least("limit", self.limit, 1)
+        one_of("evaluation.metric", self.metric, ("loss", "score"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prefixkit.backbones.backbone import Backbone
+from prefixkit.data.answered import COLLATE, encode_answered, read_answered
 from prefixkit.data.batches import Collate, collate, collate_pairs, encode_examples
 from prefixkit.data.images import collate_images, encode_images, read_images
-from prefixkit.data.labelled import labels_in, read_labelled
-from prefixkit.data.labelled_batches import COLLATE, encode_labelled
+from prefixkit.data.labelled import labels_in
 from prefixkit.data.masked import collate_masked, encode_masked
 from prefixkit.data.readers import read_examples
 from prefixkit.errors import DataError
@@ -24,7 +24,7 @@ def read(path: str | Path, task: TaskRecord) -> list[Any]:
     if task.image is not None:
         return read_images(path)
     if task.answer is not None:
-        return read_labelled(path, task)
+        return read_answered(path, task)
     return read_examples(path, fields=input_fields(task), verbalizer=task.verbalizer)
 
 
@@ -50,7 +50,7 @@ def encode(
         return list(encode_images(task, examples))
     assert tokenizer is not None
     if task.answer is not None:
-        return list(encode_labelled(task, tokenizer, examples))
+        return list(encode_answered(task, tokenizer, examples))
     if backbone.kind == "encoder":
         return list(encode_masked(task, tokenizer, examples))
     return list(encode_examples(task, tokenizer, examples))

@@ -28,6 +28,7 @@ from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.objectives import Objective, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
+from prefixkit.training.reading import answers, main_score
 
 _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
@@ -193,7 +194,7 @@ def mean_loss(
 
 
 def validate(prepared: Prepared, state: State, listener: Listener) -> None:
-    """Measure the validation loss and remember the parameters if they are the best so far."""
+    """Measure the validation and remember the parameters if they are the best so far."""
     state.validated = state.step
     if not prepared.validation:
         return
@@ -201,13 +202,23 @@ def validate(prepared: Prepared, state: State, listener: Listener) -> None:
     received = prepared.backbone.fold(prepared.method.fold())
     objective, collate = prepared.objective, prepared.batches.collate
     loss = mean_loss(prepared.backbone, prepared.validation, received, size, objective, collate)
-    best = loss < state.best_loss
+    score = _score(prepared, received, size)
+    best = (-(score or 0.0), loss) < (-state.best_score, state.best_loss)
     if best:
-        state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        state.best_loss, state.best_score, state.best_step, state.stale = loss, score or 0.0, state.step, 0
         state.best = {name: tensor.clone() for name, tensor in prepared.method.state_dict().items()}
     else:
         state.stale += 1
-    listener.on_validation(Validation(step=state.step, loss=loss, best=best))
+    listener.on_validation(Validation(step=state.step, loss=loss, best=best, score=score))
+
+
+def _score(prepared: Prepared, received: Injection, batch_size: int) -> float | None:
+    """The accuracy or F1 on the validation data, where that decides which validation is best."""
+    if prepared.config.evaluation.metric != "score":
+        return None
+    rows, collate = prepared.validation, prepared.batches.collate
+    chosen = answers(prepared.backbone, rows, received, collate, batch_size=batch_size)
+    return main_score(prepared.task, prepared.held_out, chosen)
 
 
 def result(prepared: Prepared, state: State) -> Prefix:
@@ -219,6 +230,8 @@ def result(prepared: Prepared, state: State) -> Prefix:
     metrics = {"steps": float(state.best_step or state.step)}
     if state.best is not None:
         metrics["validation_loss"] = state.best_loss
+        if prepared.config.evaluation.metric == "score":
+            metrics["validation_score"] = state.best_score
     elif state.step:
         metrics["training_loss"] = state.last_loss
     config = prepared.config

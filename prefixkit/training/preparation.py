@@ -41,6 +41,7 @@ class Prepared:
         objective: what it minimises.
         config: with every default that depends on the method or the data filled in.
         validation: encoded validation examples; empty without validation data.
+        held_out: the same examples as they were read.
         data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
@@ -53,6 +54,7 @@ class Prepared:
     objective: Objective
     batches: TrainingBatches
     validation: list[Any]
+    held_out: list[Any]
     total_steps: int
     data_hash: str
     validation_hash: str | None
@@ -96,6 +98,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
         objective=_objective(config, backbone, task, material.labels, teacher, method.top),
         batches=batches,
         validation=encode(task, tokenizer, backbone, held_out),
+        held_out=held_out,
         total_steps=_total_steps(config, batches.steps_per_epoch),
         data_hash=data_hash(examples),
         validation_hash=data_hash(held_out) if held_out else None,
@@ -205,6 +208,9 @@ def room_for_text(backbone: Backbone, length: int) -> int:
 
 
 def _held_out(config: TrainConfig, task: TaskRecord) -> list[Any]:
+    if config.evaluation.metric == "score" and (task.answer is None or config.eval_data is None):
+        found = "a task answered in words" if task.answer is None else "no --eval-data"
+        raise ConfigError("evaluation.metric", expected="a head's answers to score", found=found, next_step="use loss")
     if config.eval_data is None:
         return []
     examples = read(config.eval_data, task)

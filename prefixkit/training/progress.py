@@ -24,11 +24,18 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """One finished validation: nats a target token, and whether it is the best so far."""
+    """One finished validation.
+
+    Attributes:
+        loss: nats a target token.
+        best: whether it is the best so far.
+        score: the accuracy or F1, 0 to 100, where that decides which is best.
+    """
 
     step: int
     loss: float
     best: bool
+    score: float | None = None
 
 
 class Listener(Protocol):

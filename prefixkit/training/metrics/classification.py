@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from prefixkit.errors import DataError
 
@@ -12,12 +13,17 @@ def classification_scores(chosen: Sequence[str], right: Sequence[str], labels: S
 
     Raises DataError when there is nothing to score.
     """
+    hits = accuracy(chosen, right)
+    mean = sum(_f1(chosen, right, label) for label in labels) / len(labels)
+    return {**hits, "macro_f1": 100 * mean}
+
+
+def accuracy(chosen: Sequence[Any], right: Sequence[Any]) -> dict[str, float]:
+    """`accuracy`, 0 to 100. Raises DataError when there is nothing to score."""
     if not chosen or len(chosen) != len(right):
         found = f"{len(chosen)} choices for {len(right)} examples"
         raise DataError("evaluation", expected="a choice for every example", found=found)
-    hits = sum(one == other for one, other in zip(chosen, right, strict=True))
-    mean = sum(_f1(chosen, right, label) for label in labels) / len(labels)
-    return {"accuracy": 100 * hits / len(chosen), "macro_f1": 100 * mean}
+    return {"accuracy": 100 * sum(one == other for one, other in zip(chosen, right, strict=True)) / len(chosen)}
 
 
 def _f1(chosen: Sequence[str], right: Sequence[str], label: str) -> float:

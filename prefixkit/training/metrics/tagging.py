@@ -13,8 +13,9 @@ Entity = tuple[int, int, str]
 def tagging_scores(chosen: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float]:
     """`f1`, `precision` and `recall` of entities, and `accuracy` of single tags, all 0 to 100.
 
-    Tags are `O`, or `B-` and `I-` and a type; an `I-` that continues nothing of its type begins an entity. Without an
-    entity to find the F1 is 0.
+    Tags are `O`, or `B-` and `I-` and a type, with `E-` and `S-` where they mark ends and single words too; an `I-` that
+    continues nothing of its type begins an entity. Any other tag is an entity of one word. Without an entity to find
+    the F1 is 0.
 
     Raises DataError when there is nothing to score.
     """
@@ -34,14 +35,23 @@ def tagging_scores(chosen: Sequence[Sequence[str]], right: Sequence[Sequence[str
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities that `tags` mark, in order."""
-    begin, kind = 0, ""
+    begin, kind, before = 0, "", "O"
     for index, tag in enumerate([*tags, "O"]):
-        prefix, _, own = tag.partition("-")
-        goes_on = prefix == "I" and own == kind and kind
+        prefix, own = _parts(tag)
+        goes_on = prefix in ("I", "E") and before in ("B", "I") and own == kind
         if kind and not goes_on:
             yield begin, index, kind
         if not goes_on:
-            begin, kind = index, "" if tag == "O" else own or tag
+            begin, kind = index, own
+        before = prefix
+
+
+def _parts(tag: str) -> tuple[str, str]:
+    """What a tag says of its word's place, and the type, which has no name in `B` and `I` alone."""
+    place, dash, kind = tag.partition("-")
+    if dash:
+        return place, kind
+    return ("O", "") if tag == "O" else (tag, "_" if tag in ("B", "I", "E", "S") else tag)
 
 
 def _percent(part: int, whole: int) -> float:
