@@ -83,7 +83,8 @@ def test_unknown_name_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found 'e2'; did you mean 'e2e'\?"):
         load_task("e2", small_tokenizer(), max_length=9)
     with pytest.raises(
-        ConfigError, match="found 'summaries'; choose from text, continuation, e2e, classification, pair-classification, tagging"
+        ConfigError,
+        match="found 'summaries'; choose from text, continuation, e2e, classification, pair-classification, tagging",
     ):
         load_task("summaries", small_tokenizer(), max_length=9)
     with pytest.raises(ConfigError, match=r"absent\.toml: expected a task file; found no such file; check the path"):
