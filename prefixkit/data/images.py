@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -48,12 +50,15 @@ def read_images(path: str | Path) -> list[LabelledExample]:
 
 def _from_npz(path: Path) -> Iterator[LabelledExample]:
     try:
-        stored = np.load(path, allow_pickle=False)
-        images, labels = stored["images"], stored["labels"]
+        with path.open("rb") as file:
+            if not is_zipfile(file):
+                raise ValueError("a file of another kind")
+            with np.load(file, allow_pickle=False) as stored:
+                images, labels = stored["images"], stored["labels"]
     except FileNotFoundError as error:
         raise DataError(path, expected="images", found="no such file", next_step="check the path") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        found = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        found = (str(error) or "a file cut short").splitlines()[0].strip("'")
         raise DataError(path, expected="an .npz of `images` and `labels`", found=found) from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(path, expected=_SHAPE, found=f"{images.dtype} {list(images.shape)}")
@@ -77,8 +82,9 @@ def _opened(file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         raise DataError(file, expected="Pillow to read images", found="none", next_step=step) from error
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
+            return np.array(image.convert("RGB"))
+    # A damaged PNG is a SyntaxError to Pillow.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(file, expected="an image", found=str(error).splitlines()[0]) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prefixkit.errors import ConfigError, DataError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.task.encode import bos_id, input_fields
+from prefixkit.task.encode import bos_id, fit_prompt, input_fields, separator_ids
 from prefixkit.task.template import fill
 from prefixkit.task.tokenizer import ModelTokenizer
 
@@ -32,24 +32,20 @@ class LocatedPrompt:
 def locate(task: TaskRecord, tokenizer: ModelTokenizer, fields: Mapping[str, str], *, where: str) -> LocatedPrompt:
     """The prompt of `task`, as `encode_prompt` gives it: what is too long loses tokens from its end.
 
-    Raises DataError where nothing of the last field fits.
+    Raises DataError where nothing of the last field fits, and as `encode_prompt` does.
     """
+    ids, lost = fit_prompt(task, tokenizer, fields, where=where)
     parts = list(fill(task.input_template, fields, where))
     body = tokenizer.encode_located(parts)
-    opening, end = _around(task, tokenizer)
-    allowed = max(0, task.max_length - len(opening) - len(end))
-    begin, close = _field(parts, -1)
-    places = [_within(first, last, begin, close) for _, first, last in body[:allowed]]
+    begin, end = _field(parts, -1)
+    places = [_within(first, last, begin, end) for _, first, last in body[: len(body) - lost]]
     if not any(first < last for first, last in places):
-        found = f"room for {allowed} tokens before it"
+        expected, found = f"a part of {input_fields(task)[-1]!r} that fits", f"{lost} tokens too many"
         step = "shorten what stands before it, or raise max_length where the model's context allows"
-        raise DataError(where, expected=f"a part of {input_fields(task)[-1]!r} that fits", found=found, next_step=step)
-    nowhere = (0, 0)
-    return LocatedPrompt(
-        ids=(*opening, *(token for token, _, _ in body[:allowed]), *end),
-        places=(*[nowhere] * len(opening), *places, *[nowhere] * len(end)),
-        lost=max(0, len(body) - allowed),
-    )
+        raise DataError(where, expected=expected, found=found, next_step=step)
+    opening = [(0, 0)] if task.bos == "after" else []
+    closing = [(0, 0)] * (len(ids) - len(opening) - len(places))
+    return LocatedPrompt(tuple(ids), (*opening, *places, *closing), lost)
 
 
 def fit_choice(
@@ -62,7 +58,8 @@ def fit_choice(
     """
     parts = list(fill(task.input_template, {**fields, CHOICE: choice}, where))
     body = tokenizer.encode_located(parts)
-    opening, end = _around(task, tokenizer)
+    opening = [bos_id(task, tokenizer)] if task.bos == "after" else []
+    end = separator_ids(task, tokenizer)
     lost = max(0, len(opening) + len(body) + len(end) - task.max_length)
     begin, close = _field(parts, 0)
     inside = [index for index, (_, first, last) in enumerate(body) if begin <= first < close and last <= close]
@@ -84,12 +81,6 @@ def check_answer_fields(task: TaskRecord, where: str) -> None:
     if task.answer == "span" and len(names) < 2:
         expected = "an input_template with a question and, as its last field, the text that answers it"
         raise ConfigError(where, expected=expected, found=repr(task.input_template))
-
-
-def _around(task: TaskRecord, tokenizer: ModelTokenizer) -> tuple[list[int], list[int]]:
-    """The ids before the input and behind it, which are never cut."""
-    opening = [bos_id(task, tokenizer)] if task.bos == "after" else []
-    return opening, tokenizer.encode_marked([(task.separator, True)])
 
 
 def _field(parts: Sequence[tuple[str, bool]], which: int) -> tuple[int, int]:

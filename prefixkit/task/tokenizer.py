@@ -83,7 +83,7 @@ class ModelTokenizer:
         """
         ids: list[int] = []
         for text, special in self._runs(parts):
-            ids += [self._known[text]] if special else self.encode_text(text)
+            ids += [self._marks[text]] if special else self.encode_text(text)
         return ids
 
     def encode_located(self, parts: Iterable[tuple[str, bool]]) -> list[tuple[int, int, int]]:
@@ -92,7 +92,7 @@ class ModelTokenizer:
         before = 0
         for text, special in self._runs(parts):
             if special:
-                located.append((self._known[text], before, before + len(text)))
+                located.append((self._marks[text], before, before + len(text)))
             else:
                 found = self.backend.encode(text, add_special_tokens=False)
                 places = zip(found.ids, found.offsets, strict=True)
@@ -102,10 +102,10 @@ class ModelTokenizer:
 
     def _runs(self, parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
         """The special tokens and slots of `parts`, True, and the text between them."""
-        plain, known = "", self._known
+        plain = ""
         for text, trusted in parts:
             for piece in self._special_pattern.split(text) if trusted else (text,):
-                if trusted and piece in known:
+                if trusted and piece in self._marks:
                     if plain:
                         yield plain, False
                     yield piece, True
@@ -129,8 +129,7 @@ class ModelTokenizer:
         return {token.content: id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
-    def _known(self) -> dict[str, int]:
-        """The special tokens, and the mark of a slot."""
+    def _marks(self) -> dict[str, int]:
         return {**self.special_ids, SLOT_MARK: SLOT_ID}
 
     @cached_property

@@ -13,8 +13,8 @@ Entity = tuple[int, int, str]
 def tagging_scores(chosen: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float]:
     """`f1`, `precision` and `recall` of entities, and `accuracy` of single tags, all 0 to 100.
 
-    Tags are `O`, or `B-` and `I-` and a type, with `E-` and `S-` where they mark ends and single words too; an `I-`
-    that continues nothing of its type begins an entity. Any other tag is an entity of one word. Without an entity to find
+    Tags are `O`, or `B-` and `I-` and a type, with `E-` and `S-` where ends and single words are marked; an `I-` that
+    continues nothing of its type begins an entity. Any other tag is an entity of one word. Without an entity to find
     the F1 is 0.
 
     Raises DataError when there is nothing to score.
