@@ -134,7 +134,9 @@ def test_an_answer_of_which_a_part_was_cut_off_is_not_learned() -> None:
 
 
 def test_a_question_that_leaves_no_room_is_refused() -> None:
-    with pytest.raises(DataError, match=r"d\.jsonl:1: expected a part of 'context' that fits; found room for 2 tokens"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: expected a part of 'context' that fits; found .* tokens too many"
+    ):
         encode_answered(replace(TASK, max_length=3), TOKENIZER, [example("pub")])
 
 
