@@ -1,10 +1,11 @@
 """Tagging the entities of WNUT-17 with a small frozen encoder: P-Tuning v2 against prompt tuning, and two baselines.
 
-    python examples/pretrain_encoder.py TEXT TOKENIZER ENCODER
+    python examples/pretrain_encoder.py TEXT DECODER ENCODER
     python examples/tagging_with_prefixes.py ENCODER WNUT17 > tagging_with_prefixes.md
 
-WNUT17 is the folder of the shared task's files (github.com/leondz/emerging_entities_17). With a number of steps
-instead, everything is small: one seed, one rate, an encoder of two steps and three sentences.
+WNUT17 is the folder of the shared task's files (github.com/leondz/emerging_entities_17). Training takes the sentences
+that hold an entity, 1,228 of 3,394: in minutes a head learns little more from the others than to say O. With a number
+of steps instead, everything is small: one seed, one rate, an encoder of two steps and three sentences.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ LENGTH = 16
 KEYS_AND_VALUES = {"name": "p-tuning-v2", "length": LENGTH}
 ARMS = (
     Arm("P-Tuning v2", KEYS_AND_VALUES, (3e-3, 1e-2, 3e-2)),
-    Arm("P-Tuning v2, MLP", {**KEYS_AND_VALUES, "reparameterization": "mlp"}, (3e-4, 1e-3, 3e-3)),
     Arm("prompt tuning", {"name": "prompt-tuning", "length": LENGTH}, (1e-1, 3e-1, 1.0)),
-    Arm("linear probe", {"name": "linear-probe"}, (2e-3, 5e-3, 2e-2)),
+    Arm("linear probe", {"name": "linear-probe"}, (3e-3, 1e-2, 3e-2)),
+    Arm("P-Tuning v2, MLP", {**KEYS_AND_VALUES, "reparameterization": "mlp"}, (3e-4, 1e-3, 3e-3)),
     Arm(FULL, {"name": "linear-probe"}, (3e-4, 1e-3, 3e-3)),
 )
 
@@ -38,13 +39,16 @@ def main(given: str = "", source: str = "") -> None:
     encoder = f"{folder}/encoder" if quick else given
     if quick:
         source = written_sentences(folder)
-        script, tokenizer = Path(__file__).with_name("pretrain_encoder.py"), BACKBONE / "tokenizer.json"
-        words = [sys.executable, script, __file__, tokenizer, encoder, "--steps", "2"]
+        script = Path(__file__).with_name("pretrain_encoder.py")
+        words = [sys.executable, script, __file__, BACKBONE, encoder, "--steps", "2"]
         subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
     for path in (Path(encoder, "config.json"), *(Path(source, file) for file in FILES.values())):
         if not path.is_file():
             sys.exit(f"{path}: expected a file; found none; next: name both folders, as {__file__} begins with")
-    files = {name: converted(Path(source, file), Path(folder, f"{name}.jsonl")) for name, file in FILES.items()}
+    files = {
+        name: converted(Path(source, file), Path(folder, f"{name}.jsonl"), tagged_only=name == "training")
+        for name, file in FILES.items()
+    }
     arms = [Arm(arm.name, arm.method, arm.rates[:1]) for arm in ARMS] if quick else ARMS
     comparison = Comparison(
         backbone=encoder,
@@ -52,19 +56,22 @@ def main(given: str = "", source: str = "") -> None:
         data=lambda seed: (files["training"], files["validation"], files["test"]),
         metric="f1",
         steps=int(given) if quick else 400,
-        batch_size=16,
+        batch_size=8,
         seeds=1 if quick else 5,
         searched=1,
         folder=folder,
     )
-    print("\n".join(table(comparison, arms)))
+    for row in table(comparison, arms):
+        print(row, flush=True)
 
 
-def converted(conll: Path, jsonl: Path) -> str:
+def converted(conll: Path, jsonl: Path, *, tagged_only: bool) -> str:
     """The sentences of a CoNLL file as prefixkit reads them: `{"tokens": [...], "tags": [...]}` a line."""
     with conll.open(encoding="utf-8") as lines, jsonl.open("w", encoding="utf-8") as written:
         for sentence in sentences(lines):
             tokens, tags = zip(*sentence, strict=True)
+            if tagged_only and set(tags) == {"O"}:
+                continue
             written.write(json.dumps({"tokens": tokens, "tags": tags}) + "\n")
     return str(jsonl)
 

@@ -22,11 +22,14 @@ OTHERS = range(5, 10)
 TRAINING, VALIDATION = 20, 20
 """Images of each class; the test set holds all others."""
 LENGTH = 10
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 PROMPTS = {"name": "visual-prompt-tuning", "length": LENGTH}
+ONE = {**PROMPTS, "length": 1}
 ARMS = (
     Arm("VPT deep", {**PROMPTS, "depth": "deep"}, RATES),
     Arm("VPT shallow", {**PROMPTS, "depth": "shallow"}, RATES),
+    Arm("VPT deep, one prompt", {**ONE, "depth": "deep"}, RATES),
+    Arm("VPT shallow, one prompt", {**ONE, "depth": "shallow"}, RATES),
     Arm("VPT deep, add", {**PROMPTS, "depth": "deep", "location": "add"}, RATES),
     Arm("VPT shallow, add", {**PROMPTS, "depth": "shallow", "location": "add"}, RATES),
     Arm("linear probe", {"name": "linear-probe"}, RATES),
@@ -55,7 +58,8 @@ def main(given: str = "") -> None:
         searched=1 if quick else 5,
         folder=folder,
     )
-    print("\n".join(table(comparison, arms)))
+    for row in table(comparison, arms):
+        print(row, flush=True)
 
 
 def split(folder: str, seed: int) -> tuple[str, str, str]:
