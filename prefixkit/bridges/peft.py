@@ -117,7 +117,7 @@ def _expressible(prefix: Prefix) -> InjectionRecord:
     expected, found = "what PEFT can express: ", ""
     if "encoder" in prefix.manifest.backbone.stacks:
         expected += "keys and values of a decoder alone"
-        found = "a prefix for an encoder-decoder"
+        found = f"a prefix for an encoder{'-decoder' if 'decoder' in prefix.manifest.backbone.stacks else ''}"
     elif len(records) != 1 or (records[0].kind, records[0].stack) != ("key_value_prefix", "decoder"):
         expected += "keys and values of a decoder alone"
         found = ", ".join(record.kind for record in records)

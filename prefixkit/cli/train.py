@@ -41,7 +41,9 @@ def train(
     output: Annotated[str | None, typer.Option("--output", "-o", help="The prefix file to write.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Validation examples; the best validation is kept.")] = None,
     task: Annotated[str | None, typer.Option(help="text, continuation, e2e, chat or a TOML file.")] = None,
-    length: Annotated[int | None, typer.Option(help="Prefix slots or prompt vectors. [16]")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Prefix slots or prompt vectors; of a task with {slot}, as many as it has. [16]")
+    ] = None,
     init: Annotated[
         str | None, typer.Option(help="The start; `prefixkit methods` lists each method's. [its first]")
     ] = None,

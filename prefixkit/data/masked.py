@@ -21,7 +21,7 @@ def encode_masked(task: TaskRecord, tokenizer: ModelTokenizer, examples: Iterabl
     """
     mask = tokenizer.named_id("mask_token")
     if mask is None or mask not in tokenizer.encode_marked([(task.input_template + task.separator, True)]):
-        step = 'write {mask} into the task\'s input_template, such as "{cls}{text} {mask}"'
+        step = 'write {mask} into the task\'s input_template, such as "{cls}{text}{mask}"'
         found = "none" if mask is not None else "no mask token in the tokenizer"
         raise ConfigError(f"task {task.name}", expected="a mask for the word to write", found=found, next_step=step)
     return [_masked(task, tokenizer, example, mask) for example in examples]

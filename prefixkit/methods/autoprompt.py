@@ -48,7 +48,7 @@ class Settings:
         return 1.0
 
     def on(self, kind: str) -> Settings:
-        """The same: there is one kind of backbone for it."""
+        """The same on either kind."""
         return self
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefixkit.errors import ConfigError
 from prefixkit.methods import start
-from prefixkit.methods.initialization import repeated
 from prefixkit.methods.method import Material
 from prefixkit.methods.placement import place_for
 from prefixkit.methods.prompt_tuning import PromptTuning
@@ -49,7 +49,7 @@ class Settings:
 
 
 def make(settings: Settings, material: Material) -> PromptTuning:
-    """OptiPrompt at its start. Raises ConfigError for a start that it does not know."""
+    """OptiPrompt at its start. Raises ConfigError for a start that it does not know, or of another length."""
     return PromptTuning(_start(settings, material), place=place_for(material))
 
 
@@ -61,5 +61,9 @@ def _start(settings: Settings, material: Material) -> Tensor:
             drawn = torch.randn(settings.length, vocabulary.shape[1], generator=generator)
             return vocabulary.float().mean(dim=0).cpu() + vocabulary.float().std().cpu() * drawn
         case "manual", _, words if words:
-            return vocabulary[repeated(material.tokenize(words), settings.length)].float().cpu()
+            pieces = material.tokenize(words)
+            if len(pieces) != settings.length:
+                expected, step = f"{settings.length} word pieces, one a slot", "write as many {slot} into the template"
+                raise ConfigError("--init manual", expected=expected, found=f"{len(pieces)}", next_step=step)
+            return vocabulary[pieces].float().cpu()
     raise start.unknown(settings.name, settings.init)

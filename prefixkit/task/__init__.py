@@ -11,6 +11,7 @@ from prefixkit.task.chat import chat_template_hash as chat_template_hash
 from prefixkit.task.chat import render_chat as render_chat
 from prefixkit.task.context import encode_context as encode_context
 from prefixkit.task.encode import Fields as Fields
+from prefixkit.task.encode import answer_ids as answer_ids
 from prefixkit.task.encode import check_task as check_task
 from prefixkit.task.encode import decode_target as decode_target
 from prefixkit.task.encode import encode_prompt as encode_prompt

@@ -25,6 +25,12 @@ the target begins with one too: `<s> source </s>` and `<s> target </s>`, as the 
 
 For an encoder `{cls}`, `{sep}` and `{mask}` stand for its special tokens, and nothing is put there that a template does
 not spell. The word that a `[verbalizer]` has for a label is one token there, at the `{mask}` of the template.
+Where a vocabulary keeps a word's space with the word, as RoBERTa's does, write `{text}{mask}` without a space and
+`target_template = " {target}"`.
+
+`{slot}` in input_template or separator is no field but a place for a vector of the prompt: P-Tuning's
+`"{cls}{slot}{slot}{mask}{slot}{text}{sep}"`, or with `separator = "{slot}{slot}"` Li and Liang's infix between input
+and target, at the input vectors. There are as many vectors as slots.
 """
 
 from __future__ import annotations

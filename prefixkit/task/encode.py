@@ -81,6 +81,12 @@ def encode_target(task: TaskRecord, tokenizer: ModelTokenizer, text: str, *, whe
     return ids + list(stop_ids(task, tokenizer)[:1])
 
 
+def answer_ids(task: TaskRecord, tokenizer: ModelTokenizer, word: str) -> list[int]:
+    """The ids that `word` has as a target: without the stop token, and without what else is special in the template."""
+    ids = tokenizer.encode_marked(fill(task.target_template, {"target": word}, "answer"))
+    return [id_ for id_ in ids if id_ not in spelled_ids(task, tokenizer)]
+
+
 def decode_target(task: TaskRecord, tokenizer: ModelTokenizer, ids: Sequence[int]) -> str:
     """The text that `ids` say: up to the first stop token, without white space at either end.
 
@@ -110,6 +116,9 @@ def check_task(task: TaskRecord, tokenizer: ModelTokenizer) -> None:
     """Raise ConfigError when `tokenizer` cannot do what `task` promises: stop tokens, BOS, fields, chat template."""
     stop_ids(task, tokenizer)
     template_fields(task.input_template)
+    if slots_in(task.target_template):
+        found, step = repr(task.target_template), "write {slot} into input_template or separator"
+        raise ConfigError(f"task {task.name}", expected="a target_template without slots", found=found, next_step=step)
     if template_fields(task.target_template) != ("target",):
         found, step = repr(task.target_template), "write {target} once in target_template"
         raise ConfigError(f"task {task.name}", expected="the one field {target}", found=found, next_step=step)

@@ -6,7 +6,8 @@ layer makes of the word's own output vector, as a share among the labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from prefixkit.data.labelled import LabelledExample
 from prefixkit.data.labelled_batches import LabelledRow, collate_labels
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.task import ModelTokenizer, slots_of
+from prefixkit.task import ModelTokenizer, answer_ids, slots_of
 
 BATCH = 32
 
@@ -37,7 +38,8 @@ def label_words(
     """The `words` best words for each label of `task`, best first.
 
     Raises:
-        ConfigError: a task without a mask, or with slots, for which there is no prompt yet.
+        ConfigError: a task without a mask, or with slots, for which there is no prompt yet, or whose targets are more
+            than a word.
         BackboneError: a model without a masked language model's head.
     """
     backbone.refuse_wordless()
@@ -51,11 +53,23 @@ def label_words(
     with torch.no_grad():
         shares = torch.softmax(layer(vectors), dim=1)
     shares[sorted(tokenizer.special_ids.values())] = 0
-    best = shares.topk(words, dim=0).indices
-    return {
-        label: [tokenizer.decode([word]).strip() for word in best[:, index].tolist()]
+    best = shares.argsort(dim=0, descending=True)
+    found = {
+        label: list(islice(_spellable(task, tokenizer, best[:, index].tolist()), words))
         for index, label in enumerate(task.labels or ())
     }
+    if not all(found.values()):
+        expected = "a target_template that writes a word alone"
+        raise ConfigError(f"task {task.name}", expected=expected, found=repr(task.target_template))
+    return found
+
+
+def _spellable(task: TaskRecord, tokenizer: ModelTokenizer, token_ids: Iterable[int]) -> Iterator[str]:
+    """Those of the tokens, as words, that a verbalizer of `task` can name: not halves of letters, nor ends of words."""
+    for id_ in token_ids:
+        word = tokenizer.decode([id_]).strip()
+        if word and answer_ids(task, tokenizer, word) == [id_]:
+            yield word
 
 
 @torch.no_grad()
@@ -75,7 +89,7 @@ def states_at_mask(
         batch = collate_labels(rows[start : start + BATCH])
         places = batch.inputs["input_ids"] == mask
         if (places.sum(dim=1) != 1).any():
-            step = 'write {mask} once into its input_template, such as "{cls}{text} {mask}"'
+            step = 'write {mask} once into its input_template, such as "{cls}{text}{mask}"'
             raise ConfigError(
                 f"task {task.name}", expected="one mask in a text", found="another number", next_step=step
             )

@@ -11,7 +11,7 @@ from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection, injection
 from prefixkit.methods.method import Material
 from prefixkit.prefix import Prefix, load, matches
-from prefixkit.task import ModelTokenizer, slots_of
+from prefixkit.task import ModelTokenizer, answer_ids, slots_of
 from prefixkit.training.config import TrainConfig
 
 _FROM_TEXT = ("text", "document")
@@ -43,7 +43,7 @@ def material_for(
         words=_own_words(encoded, config.method.length),
         tokenize=tokenizer.encode_text if tokenizer is not None else _no_words,
         parent=parent,
-        labels=[tokenizer.encode_text(word) for word in _answers(task)] if tokenizer is not None else (),
+        labels=[answer_ids(task, tokenizer, word) for word in _answers(task)] if tokenizer is not None else (),
         special_ids=sorted(tokenizer.special_ids.values()) if tokenizer is not None else (),
         bos_id=_promised_bos(config, backbone, task, tokenizer) if tokenizer is not None else None,
         mask_id=tokenizer.named_id("mask_token") if tokenizer is not None else None,
@@ -81,6 +81,9 @@ def _promised_bos(config: TrainConfig, backbone: Backbone, task: TaskRecord, tok
     if backbone.paired:
         expected, step = f'bos = "after" or "none" for an {backbone.kind}', "no slot stands before what it writes"
         raise ConfigError("task", expected=expected, found='"before"', next_step=step)
+    if slots := slots_of(task):
+        expected, step = 'bos = "after" or "none" for a task with slots', "no slot is known to stand at the front"
+        raise ConfigError("task", expected=expected, found=f'"before", and {slots} slots', next_step=step)
     if config.method.init.partition(":")[0] not in _FROM_TEXT or tokenizer.bos_id is None:
         found = "none in the tokenizer" if tokenizer.bos_id is None else f"--init {config.method.init}"
         raise ConfigError("task", expected='for bos = "before" a prefix that starts from text with a BOS', found=found)
