@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from prefixkit import __version__
 from prefixkit.backbones.geometry import is_encoder
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.format.manifest import Provenance
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, injection, records_of
-from prefixkit.prefix import Prefix
+from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, records_of
 
 
 def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
@@ -56,21 +52,6 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
         values=tuple(layer.values[0] for layer in cache.layers),
         positions=received.positions,
         stack=received.stack,
-    )
-
-
-@torch.no_grad()
-def folded(prefix: Prefix, model: PreTrainedModel) -> Prefix:
-    """`prefix` with keys and values in the place of its prompt, naming it as its parent; else `prefix` itself."""
-    received = injection(prefix)
-    if isinstance(received, KeyValuePrefix):
-        return prefix
-    made, manifest = fold(model, received), prefix.manifest
-    parents = (manifest.content,) if manifest.content is not None else manifest.provenance.parents
-    provenance: Provenance = replace(manifest.provenance, prefixkit=__version__, parents=parents)
-    return Prefix(
-        replace(manifest, injections=(made.record(),), provenance=provenance, content=None),
-        made.arrays(),
     )
 
 

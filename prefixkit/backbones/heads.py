@@ -26,10 +26,15 @@ def _chosen(reads: str, states: Tensor, mask: Tensor | None) -> Tensor:
         case "first":
             return states[:, 0]
         case "last":
-            last = states.shape[1] - 1 if mask is None else mask.sum(dim=1) - 1
-            return states[range(len(states)), last]
+            return states[:, -1] if mask is None else _at(states, mask.sum(dim=1) - 1)
         case _:
             # An image's first state is its [CLS], no part of the image.
             shares = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
             shares = shares if mask is not None else shares.index_fill(1, shares.new_zeros(1).long(), 0.0)
             return (states * shares[..., None]).sum(dim=1) / shares.sum(dim=1, keepdim=True)
+
+
+def _at(states: Tensor, places: Tensor) -> Tensor:
+    """[batch, hidden]: the state of each row at its place."""
+    # Not by indexing with a range, whose length a tracer would take for a constant.
+    return states.gather(1, places[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]

@@ -83,7 +83,15 @@ def _show(exported: Exported, as_json: bool) -> None:
         effect = "" if case.effect is None else f", effect of the prefix {case.effect:.3g}"
         typer.echo(f"{case.name}: max |d| {case.max_abs_difference:.1e} (at most {case.tolerance:.1e}){effect}")
     typer.echo(f"wrote {exported.folder} ({exported.bytes:,} bytes in {sum(exported.seconds.values()):.0f} s)")
-    typer.echo(f'next: prefixkit generate {exported.folder} --prompt "…"')
+    typer.echo(f"next: {_next(exported.folder)}")
+
+
+def _next(folder: Path) -> str:
+    from prefixkit.serving.report import read_report
+
+    if read_report(folder).reader is not None:
+        return f'prefixkit.serving.reader.Reader("{folder}") in Python'
+    return f'prefixkit generate {folder} --prompt "…"'
 
 
 def _document(exported: Exported) -> dict[str, Any]:

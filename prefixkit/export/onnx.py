@@ -11,33 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx_ir as ir
-
 from prefixkit.backbones.backbone import Backbone
-from prefixkit.backbones.decoder import Decoder
-from prefixkit.backbones.encoder_decoder import EncoderDecoder
-from prefixkit.backbones.folding import folded
-from prefixkit.backbones.geometry import refuse_swallowed
-from prefixkit.backbones.load import load_decoder
-from prefixkit.errors import ConfigError, InputError
-from prefixkit.export.pair import fitting_pair, is_pair, load_pair, refuse_for_pair, trace_pair
-from prefixkit.export.pair_verify import verify_pair
+from prefixkit.errors import ConfigError
+from prefixkit.export.decoder import DecoderExport
+from prefixkit.export.delta_weights import written_into
+from prefixkit.export.kind import Export
+from prefixkit.export.pair import PairExport, is_pair
 from prefixkit.export.parity import CaseResult
+from prefixkit.export.reader import ReaderExport, is_reader
 from prefixkit.export.report import GRAPH, PREFIX, report_document, with_results
-from prefixkit.export.tracing import trace
-from prefixkit.export.verify import refuse_differences, verify
+from prefixkit.export.verify import refuse_differences
 from prefixkit.export.weights import WEIGHTS, Weights, save_graph
-from prefixkit.export.wrapper import takes_positions
 from prefixkit.format.atomic import replacing_folder
-from prefixkit.injections import KeyValuePrefix, KeyValuePrefixes, key_value_prefix
-from prefixkit.prefix import Prefix, load, matches, save
+from prefixkit.prefix import Prefix, load, save
 from prefixkit.serving.report import FILE
 
-_Received = KeyValuePrefix | KeyValuePrefixes | None
 DTYPES = ("float32", "float16")
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+    "preprocessor_config.json",
 )
 """What is copied from the backbone's folder: what serving and other runtimes read beside a graph."""
 
@@ -79,7 +72,7 @@ class _Progress:
 
 def export_onnx(
     prefix: Prefix | str | Path | None,
-    backbone: Decoder | EncoderDecoder | str | Path,
+    backbone: Backbone | str | Path,
     out_dir: str | Path,
     *,
     dtype: Literal["float32", "float16"] = "float32",
@@ -91,15 +84,17 @@ def export_onnx(
     """Write `backbone` and `prefix` to `out_dir` for onnxruntime, if and only if it computes what PyTorch computes.
 
     The folder has `onnx/model.onnx`, tokenizer and configuration, `prefix.safetensors` and the report `export.json`.
-    For an encoder-decoder there are two graphs, `onnx/encoder_model.onnx` and `onnx/decoder_model.onnx`.
+    For an encoder-decoder there are two graphs, `onnx/encoder_model.onnx` and `onnx/decoder_model.onnx`. An encoder,
+    and a decoder below a file's head, give final states and logits of whole inputs: see `prefixkit.serving.reader`.
 
     Args:
         prefix: a loaded prefix or its file; None exports the bare backbone, which takes any prefix later.
         backbone: a loaded backbone, a folder or a hub id.
         out_dir: a new folder, an empty one, or one that this function wrote, which is replaced.
-        dtype: of weights, cache and computation. Logits are float32 in either. Encoder-decoders take float32 only.
+        dtype: of weights, cache and computation. Logits are float32 in either. Float16 is for decoders that write.
         baked: put the prefix into the graph, which then is an ordinary decoder to any runtime: past, mask and
-            positions speak of the text only. It serves this prefix and no other. Of decoders only.
+            positions speak of the text only. It serves this prefix and no other. For decoders that write; a file
+            with deltas, which change the weights of the graph, is always exported so.
         weights: where they are stored; see `prefixkit.export.weights.save_graph`.
         allow_mismatch: take a prefix made for other weights.
         progress: hears the name of each stage.
@@ -110,34 +105,56 @@ def export_onnx(
         InputError: options, files or a folder that cannot be used.
     """
     _check_options(dtype, baked, weights, prefix)
-    loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
-    pair = is_pair(backbone, loaded)
-    if pair:
-        refuse_for_pair(loaded, dtype, baked)
-    else:
-        _refuse_encoder(loaded)
+    export = _export(load(prefix) if isinstance(prefix, (str, Path)) else prefix, backbone, dtype, baked)
     stages = _Progress(progress)
     with stages.stage("loading"):
-        model = load_pair(backbone, dtype) if pair else _decoder(backbone, dtype)
-        loaded, injection = _fitting(loaded, model, allow_mismatch)
+        export.load(backbone, allow_mismatch)
     with replacing_folder(out_dir, marker=FILE) as folder:
-        (folder / GRAPH).parent.mkdir()
-        with stages.stage("tracing"):
-            graphs = _graphs(model, injection if baked else None)
-        with stages.stage("saving"):
-            for file, graph in graphs.items():
-                save_graph(graph, folder / file, weights, model.folder)
-            _copy_companions(model.folder, folder)
-            if loaded is not None and not baked:
-                loaded = save(loaded, folder / PREFIX)
-        draft = report_document(folder, model, loaded, dtype=dtype, baked=baked, weights=weights)
-        _write_report(folder, draft)
+        _write(export, folder, weights, stages)
+        draft = _draft(export, folder, weights)
         with stages.stage("verifying"):
-            cases = _verified(folder, model, injection)
+            cases = export.verify(folder)
         refuse_differences(cases)
         _write_report(folder, with_results(draft, cases, stages.seconds))
     size = sum(file.stat().st_size for file in Path(out_dir).rglob("*") if file.is_file())
     return Exported(Path(out_dir), cases, dict(stages.seconds), size)
+
+
+def _export(prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool) -> Export:
+    kind = PairExport if is_pair(backbone, prefix) else ReaderExport if is_reader(backbone, prefix) else DecoderExport
+    return kind(prefix, dtype=dtype, baked=baked)
+
+
+def _write(export: Export, folder: Path, weights: Weights, stages: _Progress) -> None:
+    """Everything but the report."""
+    (folder / GRAPH).parent.mkdir()
+    source = export.backbone.folder
+    with written_into(export.backbone.model, export.received):
+        with stages.stage("tracing"):
+            graphs = export.graphs()
+        with stages.stage("saving"):
+            for file, graph in graphs.items():
+                save_graph(graph, folder / file, weights, source)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if export.prefix is not None and not export.baked:
+        export.prefix = save(export.prefix, folder / PREFIX)
+
+
+def _draft(export: Export, folder: Path, weights: str) -> Mapping[str, Any]:
+    """The report without results, which verification reads as serving does."""
+    draft = report_document(
+        folder,
+        export.backbone.identity,
+        export.prefix,
+        export.parts(),
+        dtype=export.dtype,
+        baked=export.baked,
+        weights=weights,
+    )
+    _write_report(folder, draft)
+    return draft
 
 
 def _check_options(dtype: str, baked: bool, weights: str, prefix: object) -> None:
@@ -147,72 +164,6 @@ def _check_options(dtype: str, baked: bool, weights: str, prefix: object) -> Non
         raise ConfigError("--weights", expected=", ".join(WEIGHTS), found=repr(weights))
     if baked and prefix is None:
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")
-
-
-def _refuse_encoder(prefix: Prefix | None) -> None:
-    if prefix is not None and "encoder" in prefix.manifest.backbone.stacks:
-        expected, found = "a prefix for a decoder or an encoder-decoder", "one for an encoder"
-        step = "`prefixkit eval` runs it; this version exports no encoders"
-        raise InputError("export --onnx", expected=expected, found=found, next_step=step)
-
-
-def _decoder(backbone: Backbone | str | Path, dtype: str) -> Decoder:
-    if isinstance(backbone, Decoder):
-        if str(backbone.model.dtype) == f"torch.{dtype}":
-            return backbone
-        backbone = backbone.folder
-    return load_decoder(backbone.folder if isinstance(backbone, Backbone) else backbone, dtype=dtype)
-
-
-def _fitting(
-    prefix: Prefix | None, backbone: Decoder | EncoderDecoder, allow_mismatch: bool
-) -> tuple[Prefix | None, _Received]:
-    """`prefix` with its prompt folded, and what it injects; refused where `backbone` cannot have it."""
-    if prefix is None:
-        return None, None
-    if isinstance(backbone, EncoderDecoder):
-        return prefix, fitting_pair(prefix, backbone, allow_mismatch)
-    matches(prefix, backbone.identity, allow_mismatch=allow_mismatch)
-    prefix = folded(prefix, backbone.release())
-    injection = key_value_prefix(prefix)
-    _refuse_unplaceable(injection, backbone)
-    return prefix, injection
-
-
-def _refuse_unplaceable(injection: KeyValuePrefix, decoder: Decoder) -> None:
-    refuse_swallowed(decoder.geometry, injection.length, decoder.identity.name)
-    if not takes_positions(decoder.model) and injection.positions.text_start != injection.length:
-        raise InputError(
-            f"prefix for {decoder.identity.name}",
-            expected=f"a text that starts at {injection.length}: the model counts its prefix",
-            found=f"one that starts at {injection.positions.text_start}",
-        )
-    limit = decoder.context_length
-    if limit is not None and injection.positions.text_start >= limit:
-        found = f"a prefix that leaves none of its {limit}"
-        raise InputError(decoder.identity.name, expected="room for text in the context", found=found)
-
-
-def _graphs(backbone: Decoder | EncoderDecoder, baked: _Received) -> Mapping[str, ir.Model]:
-    """The graphs of the folder, by file."""
-    if isinstance(backbone, EncoderDecoder):
-        return trace_pair(backbone)
-    assert not isinstance(baked, KeyValuePrefixes)
-    return {GRAPH: trace(backbone.release(), backbone.geometry, baked)}
-
-
-def _verified(folder: Path, backbone: Decoder | EncoderDecoder, received: _Received) -> tuple[CaseResult, ...]:
-    if isinstance(backbone, EncoderDecoder):
-        assert not isinstance(received, KeyValuePrefix)
-        return verify_pair(folder, backbone, received)
-    assert not isinstance(received, KeyValuePrefixes)
-    return verify(folder, backbone, received)
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _write_report(folder: Path, document: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""What is particular to the export of an encoder-decoder."""
+"""The export of an encoder-decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -11,8 +12,11 @@ from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.encoder_decoder import EncoderDecoder
 from prefixkit.backbones.load import find_folder, load_backbone
 from prefixkit.errors import BackboneError, ConfigError, InputError
-from prefixkit.export.pair_report import DECODER, ENCODER
+from prefixkit.export.kind import Export
+from prefixkit.export.pair_report import DECODER, ENCODER, pair_parts
 from prefixkit.export.pair_tracing import trace_encoder, trace_pair_decoder
+from prefixkit.export.pair_verify import verify_pair
+from prefixkit.export.parity import CaseResult
 from prefixkit.format.digest import read_config
 from prefixkit.injections import KeyValuePrefixes, injection
 from prefixkit.prefix import Prefix, matches
@@ -29,7 +33,49 @@ def is_pair(backbone: Backbone | str | Path, prefix: Prefix | None) -> bool:
     return bool(read_config(find_folder(backbone, None)).get("is_encoder_decoder", False))
 
 
-def refuse_for_pair(prefix: Prefix | None, dtype: str, baked: bool) -> None:
+class PairExport(Export):
+    """An encoder-decoder as two graphs, prefixes in all three places as inputs."""
+
+    pair: EncoderDecoder
+    prefixes: KeyValuePrefixes | None = None
+
+    def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool) -> None:
+        _refuse(prefix, dtype, baked)
+        super().__init__(prefix, dtype=dtype, baked=baked)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder-decoder."""
+        return self.pair
+
+    def load(self, backbone: Backbone | str | Path, allow_mismatch: bool) -> None:
+        """Load the encoder-decoder; its prefixes are keys and values already."""
+        self.pair = _loaded(backbone, self.dtype)
+        if self.prefix is not None:
+            matches(self.prefix, self.pair.identity, allow_mismatch=allow_mismatch)
+            folded = self.pair.fold(injection(self.prefix))
+            assert isinstance(folded, KeyValuePrefixes)
+            self.received = self.prefixes = folded
+
+    def graphs(self) -> Mapping[str, ir.Model]:
+        """Both graphs."""
+        return trace_pair(self.pair)
+
+    def parts(self) -> dict[str, Any]:
+        """Inputs, outputs, model and contract."""
+        return pair_parts(self.pair)
+
+    def verify(self, folder: Path) -> tuple[CaseResult, ...]:
+        """Compare every logit."""
+        return verify_pair(folder, self.pair, self.prefixes)
+
+
+def trace_pair(backbone: EncoderDecoder) -> Mapping[str, ir.Model]:
+    """Both graphs, by file."""
+    return {ENCODER: trace_encoder(backbone), DECODER: trace_pair_decoder(backbone)}
+
+
+def _refuse(prefix: Prefix | None, dtype: str, baked: bool) -> None:
     """Raise InputError, before any work, for what the graphs of an encoder-decoder cannot have."""
     if baked:
         expected, step = "a decoder", "export without --baked: the graphs take any prefix as inputs"
@@ -43,7 +89,7 @@ def refuse_for_pair(prefix: Prefix | None, dtype: str, baked: bool) -> None:
         raise InputError("export --onnx", expected="keys and values for an encoder-decoder", found=others)
 
 
-def load_pair(backbone: Backbone | str | Path, dtype: str) -> EncoderDecoder:
+def _loaded(backbone: Backbone | str | Path, dtype: str) -> EncoderDecoder:
     """The backbone in `dtype`: itself, or its folder loaded. Raises InputError where it is no encoder-decoder."""
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, dtype=dtype)
@@ -53,16 +99,3 @@ def load_pair(backbone: Backbone | str | Path, dtype: str) -> EncoderDecoder:
         where, found = backbone.identity.name, f"a model of the kind {backbone.kind}"
         raise BackboneError(where, expected="an encoder-decoder, as the prefix is for one", found=found)
     return backbone
-
-
-def fitting_pair(prefix: Prefix, backbone: EncoderDecoder, allow_mismatch: bool) -> KeyValuePrefixes:
-    """What `prefix` injects, refused where `backbone` cannot have it."""
-    matches(prefix, backbone.identity, allow_mismatch=allow_mismatch)
-    received = backbone.fold(injection(prefix))
-    assert isinstance(received, KeyValuePrefixes)
-    return received
-
-
-def trace_pair(backbone: EncoderDecoder) -> Mapping[str, ir.Model]:
-    """Both graphs, by file."""
-    return {ENCODER: trace_encoder(backbone), DECODER: trace_pair_decoder(backbone)}

@@ -1,9 +1,9 @@
-"""Attention while an encoder-decoder is traced: it takes keys and values before its own, or shows those it has."""
+"""Attention while an encoder is traced: it takes keys and values before its own, or shows those it has."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +25,12 @@ class Given:
     Attributes:
         before: key and value for each layer, in the order of their work, to stand before its own.
         seen: where cross-attentions leave their keys and values.
+        masks: additive masks over `before` and the stack's own, by sliding window; empty for the model's own masks.
     """
 
     before: Iterator[tuple[Tensor, Tensor]] = field(default_factory=lambda: iter(()))
     seen: list[Tensor] | None = None
+    masks: Mapping[int | None, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -49,6 +51,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     before = next(given.before, None)
     if before is not None:
         key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+    if given.masks:
+        mask = given.masks[keywords.get("sliding_window")]
     # Each modelling file has its own eager function, of which the tracer makes plain operators.
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **keywords)
 

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from prefixkit.backbones.deltas import changed
 from prefixkit.export.wrapper import takes_positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import KeyValuePrefix, ParameterDelta
 from prefixkit.serving.generation import Batch
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.runtime import Runtime
@@ -51,10 +52,15 @@ NO_PREFIX = Pair(None, None)
 
 @dataclass(frozen=True)
 class Models:
-    """The model in PyTorch, as it was exported and with the same weights in float32; one object if it is float32."""
+    """The model in PyTorch, as it was exported and with the same weights in float32; one object if it is float32.
+
+    Attributes:
+        delta: what the graph has in its weights, and these models have not; None without.
+    """
 
     exported: PreTrainedModel
     exact: PreTrainedModel
+    delta: ParameterDelta | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class CaseResult:
     """How one batch compared.
 
     Attributes:
-        rows: tokens of each row, those fed one by one included.
+        rows: tokens of each row, those fed one by one included; 1 for an image.
         max_abs_difference: of the logits of all rows and tokens to the reference; infinite where one is not a number.
         pytorch_difference: the same of PyTorch in the dtype of the export; None in float32, which is the reference.
         effect: largest difference that the prefixes make in PyTorch; None in a case without a prefix.
@@ -83,17 +89,20 @@ def compare(name: str, runtime: Runtime, models: Models, pairs: Sequence[Pair], 
     rows = texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
     prefixes = [_as_exported(pair.torch, models.exported.dtype) for pair in pairs]
     found = fed(runtime.start([pair.served for pair in pairs]), rows, steps)
-    wanted = _each_alone(models.exact, rows, prefixes)
+    with changed(models.exact, models.delta):
+        wanted = _each_alone(models.exact, rows, prefixes)
     # A row without a prefix is its own bare row, and has no effect.
-    bare = _each_alone(models.exact, rows, [None] * len(rows)) if any(prefixes) else wanted
-    rounded = None if models.exported is models.exact else _each_alone(models.exported, rows, prefixes)
+    changes = any(prefixes) or models.delta is not None
+    bare = _each_alone(models.exact, rows, [None] * len(rows)) if changes else wanted
+    with changed(models.exported, models.delta):
+        rounded = None if models.exported is models.exact else _each_alone(models.exported, rows, prefixes)
     own = None if rounded is None else largest_distance(rounded, wanted)
     return CaseResult(
         name=name,
         rows=tuple(map(len, rows)),
         max_abs_difference=largest_distance(found, wanted),
         pytorch_difference=own,
-        effect=largest_distance(wanted, bare) if any(prefixes) else None,
+        effect=largest_distance(wanted, bare) if changes else None,
         tolerance=tolerance(str(runtime.dtype), largest(wanted), own),
     )
 

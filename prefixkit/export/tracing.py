@@ -36,7 +36,7 @@ def trace(
     Weights are as the checkpoint stores them, with a Transpose node where the graph needs them otherwise; onnxruntime
     folds those when it loads the graph. `baked` is a prefix that becomes part of the graph.
     """
-    with _traceable(model):
+    with traceable(model):
         graph = graph_of(
             FlatDecoder(model, geometry, baked),
             _example(model, geometry),
@@ -86,7 +86,7 @@ def graph_of(
 
 
 @contextmanager
-def _traceable(model: PreTrainedModel) -> Iterator[None]:
+def traceable(model: PreTrainedModel) -> Iterator[None]:
     """Plain attention, and experts without data-dependent control flow, for the length of a `with` block."""
     attention = model.config._attn_implementation
     experts = getattr(model.config, "_experts_implementation", None)

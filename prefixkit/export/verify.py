@@ -16,7 +16,7 @@ from prefixkit.backbones.decoder import Decoder
 from prefixkit.errors import ParityError
 from prefixkit.export.parity import NO_PREFIX, SEED, CaseResult, Models, Pair, compare
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import KeyValuePrefix
+from prefixkit.injections import KeyValuePrefix, ParameterDelta
 from prefixkit.prefix import load
 from prefixkit.serving.prefix_table import ServedPrefix, served
 from prefixkit.serving.report import ExportedFolder, read_report
@@ -27,11 +27,14 @@ _PROBE = 5
 _UNBOUNDED = 10**6
 
 
-def verify(folder: Path, decoder: Decoder, injection: KeyValuePrefix | None) -> tuple[CaseResult, ...]:
+def verify(
+    folder: Path, decoder: Decoder, injection: KeyValuePrefix | None, delta: ParameterDelta | None = None
+) -> tuple[CaseResult, ...]:
     """Run every case in onnxruntime and in PyTorch, on the CPU.
 
     Args:
         injection: the prefix that the folder has, in its file or in its graph; None for a bare backbone.
+        delta: what its weights have.
     """
     report = read_report(folder)
     runtime = Runtime(report, device="cpu")
@@ -41,7 +44,7 @@ def verify(folder: Path, decoder: Decoder, injection: KeyValuePrefix | None) -> 
         else _free(_own(report, injection, runtime.dtype), _probe(decoder, runtime.dtype))
     )
     room = (decoder.context_length or _UNBOUNDED) - max(_start(pair) for pairs in cases.values() for pair in pairs)
-    models = _models(decoder)
+    models = _models(decoder, delta)
     return tuple(compare(name, runtime, models, pairs, room) for name, pairs in cases.items())
 
 
@@ -63,9 +66,9 @@ def _step(result: CaseResult) -> str:
     return "report it with the model's name: the exported graph is wrong for this architecture"
 
 
-def _models(decoder: Decoder) -> Models:
+def _models(decoder: Decoder, delta: ParameterDelta | None) -> Models:
     model = decoder.release()
-    return Models(model, model if model.dtype == torch.float32 else copy.deepcopy(model).float())
+    return Models(model, model if model.dtype == torch.float32 else copy.deepcopy(model).float(), delta)
 
 
 def _baked(injection: KeyValuePrefix | None) -> Mapping[str, Sequence[Pair]]:

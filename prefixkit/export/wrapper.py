@@ -44,17 +44,32 @@ class FlatDecoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """Run the model; see the class."""
+        cache = self.cache(past)
+        logits = self.model(**self.arguments(input_ids, attention_mask, position_ids, cache, past[0].dtype)).logits
+        return (logits.float(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+    def cache(self, past: list[Tensor]) -> DynamicCache:
+        """`past`, and the baked prefix before it, as the model takes them."""
         cache = DynamicCache()
         cache.layers = [self._layer(index, *past[2 * index : 2 * index + 2]) for index in range(len(past) // 2)]
+        return cache
+
+    def arguments(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """What the model is called with; `dtype` is that of its attention scores."""
         if self.length:
             ones = attention_mask.new_ones(attention_mask.shape[0], self.length)
             attention_mask = torch.cat([ones, attention_mask], dim=-1)
         keywords = {"position_ids": position_ids + self.text_start} if self.positions else {}
-        mask = self._mask(attention_mask, input_ids.shape[1], past[0].dtype)
-        logits = self.model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **keywords
-        ).logits
-        return (logits.float(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        mask = self._mask(attention_mask, input_ids.shape[1], dtype)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
+            **keywords,
+        }
 
     def _layer(self, index: int, key: Tensor, value: Tensor) -> PastLayer:
         if not self.length:

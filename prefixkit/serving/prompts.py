@@ -95,7 +95,8 @@ def baked_start(report: ExportedFolder) -> int:
     """The position of the first token behind a prefix inside the graph, 0 without one."""
     if not report.baked or report.prefix is None:
         return 0
-    return max(record.positions.text_start for record in report.prefix.injections if record.positions is not None)
+    starts = (record.positions.text_start for record in report.prefix.injections if record.positions is not None)
+    return max(starts, default=0)
 
 
 def _fields(task: TaskRecord, text: str, where: str) -> Fields:

@@ -31,6 +31,32 @@ OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_v
 
 
 @dataclass(frozen=True)
+class ReaderParts:
+    """The inputs and outputs of a graph that reads.
+
+    Attributes:
+        inputs: the names of all inputs but keys and values.
+        logits: whether a head, or a masked language model, says something of the states.
+        placement: where `prompt_embeddings` stand; None without that input.
+        hidden_placement: where `hidden_prompts` are added; None without that input.
+        head: which states the head reads; None without one.
+        deltas: the parameters that have what the folder's file adds to them.
+    """
+
+    inputs: tuple[str, ...]
+    logits: bool
+    placement: str | None
+    hidden_placement: str | None
+    head: str | None
+    deltas: tuple[str, ...]
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the prompt has places of its own, beside those of the text."""
+        return self.placement in ("prepend", "after_first")
+
+
+@dataclass(frozen=True)
 class ExportedFolder:
     """What serving needs of `export.json`.
 
@@ -40,6 +66,7 @@ class ExportedFolder:
         graph: the file, relative to `folder`.
         encoder: the encoder's file, where `graph` is the decoder of an encoder-decoder; None otherwise.
         start: the token that such a decoder begins with.
+        reader: what the graph takes and gives where it reads and writes no text; None otherwise.
         files: those files and what is beside them, as they were exported; none in reports of before they were listed.
         dtype: of past and present, `float32` or `float16`.
         takes_positions: whether the graph has the input `position_ids`.
@@ -59,6 +86,7 @@ class ExportedFolder:
     baked: bool
     encoder: str | None = None
     start: int | None = None
+    reader: ReaderParts | None = None
 
 
 def read_report(folder: str | Path) -> ExportedFolder:
@@ -87,6 +115,15 @@ _GRAPH = record(
     {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
 )
 _ENCODER = record({"file": _FILE, "decoder_start_token_id": integer(0)})
+_PLACEMENT = one_of(("prepend", "after_first", "slots"))
+_READER = record(
+    {"inputs": array(text()), "logits": boolean, "deltas": array(text())},
+    {
+        "placement": _PLACEMENT,
+        "hidden_placement": _PLACEMENT,
+        "head": one_of(("first", "last", "mean", "each")),
+    },
+)
 
 
 def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
@@ -94,9 +131,11 @@ def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _GRAPH("/graph", _picked(stored.get("graph"), "file", "dtype", "inputs", "files"))
     found = list(BACKBONE("/backbone", stored.get("backbone")))
     yield from found
-    if not found and "decoder" not in stored["backbone"]["stacks"]:
+    if "reader" in stored:
+        yield from _READER("/reader", stored["reader"])
+    elif not found and "decoder" not in stored["backbone"]["stacks"]:
         yield Problem("/backbone/stacks", "expected a decoder; found none")
-    if not found and "encoder" in stored["backbone"]["stacks"]:
+    elif not found and "encoder" in stored["backbone"]["stacks"]:
         yield from _ENCODER("/encoder", _picked(stored.get("encoder"), "file", "decoder_start_token_id"))
     prefix = stored.get("prefix")
     if prefix is not None:
@@ -128,7 +167,7 @@ def _picked(stored: Any, *names: str) -> Any:
 def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
     graph, prefix = stored["graph"], stored.get("prefix")
     backbone = parse_backbone(stored["backbone"])
-    encoder = stored["encoder"] if "encoder" in backbone.stacks else {}
+    encoder = stored["encoder"] if backbone.stacks.keys() == {"encoder", "decoder"} else {}
     return ExportedFolder(
         folder=folder,
         backbone=backbone,
@@ -141,4 +180,16 @@ def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
         baked=prefix is not None and prefix["baked"],
         encoder=encoder.get("file"),
         start=encoder.get("decoder_start_token_id"),
+        reader=_reader(stored["reader"]) if "reader" in stored else None,
+    )
+
+
+def _reader(stored: Mapping[str, Any]) -> ReaderParts:
+    return ReaderParts(
+        inputs=tuple(stored["inputs"]),
+        logits=stored["logits"],
+        placement=stored.get("placement"),
+        hidden_placement=stored.get("hidden_placement"),
+        head=stored.get("head"),
+        deltas=tuple(stored["deltas"]),
     )

@@ -45,9 +45,12 @@ class Session:
             threads: of the CPU, for one operator; None leaves it to onnxruntime.
 
         Raises:
-            InputError: no exported folder, a damaged one, or a device that cannot be had.
+            InputError: no exported folder, a damaged one, one that writes no text, or a device that cannot be had.
         """
         self.report = read_report(folder)
+        if self.report.reader is not None:
+            step = "use prefixkit.serving.reader.Reader, which gives states and logits"
+            raise ConfigError(str(folder), expected="a model that writes", found="one that reads", next_step=step)
         self._pair = self.report.encoder is not None
         runtime = PairRuntime if self._pair else Runtime
         self.runtime: Runtime | PairRuntime = runtime(self.report, device=device, threads=threads)

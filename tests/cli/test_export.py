@@ -19,7 +19,7 @@ from tests.exported import backbone, exported, random_prefix
 def traced_before(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Llama's backbone, with tracing replaced by the graph that another test has traced."""
     path = exported("llama").folder / "onnx" / "model.onnx"
-    monkeypatch.setattr("prefixkit.export.onnx.trace", lambda *_: ir.external_data.load_to_model(ir.load(path)))
+    monkeypatch.setattr("prefixkit.export.decoder.trace", lambda *_: ir.external_data.load_to_model(ir.load(path)))
     return backbone("llama")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-import prefixkit.export.onnx as subject
+import prefixkit.export.decoder as subject
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError, MismatchError, ParityError
 from prefixkit.export.onnx import Exported, export_onnx

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-import prefixkit.export.onnx as subject
+import prefixkit.export.pair as subject
 from prefixkit.backbones.load import load_backbone
 from prefixkit.cli import run
 from prefixkit.errors import BackboneError, ConfigError, InputError, MismatchError, ParityError
