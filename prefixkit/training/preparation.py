@@ -182,7 +182,7 @@ def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
             next_step=f"use --method {fitting}",
         )
     if (
-        entry.injection == "embedding_prompt"
+        (entry.injection == "embedding_prompt" or entry.slots != "none")
         and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size
     ):
         # ELECTRA's small models: a file states one width for tokens and states.
