@@ -44,7 +44,7 @@ from prefixkit.training.progress import Silence
 LENGTH, BATCH = 16, 16
 FULL = "full fine-tuning"
 PREFIX = {"name": "prefix-tuning", "length": LENGTH}
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Comparison:
             device="cpu",
             method=method_settings(arm.method),
             optimizer=OptimizerConfig(lr=rate, warmup_steps=steps // 10),
-            evaluation=EvaluationConfig(every=steps, limit=256),
+            evaluation=EvaluationConfig(every=steps, limit=128),
         )
         return prepare(config, load_backbone(self.backbone))
 
@@ -108,7 +108,7 @@ class Run:
     bleu: float = float("nan")
 
 
-def main(given: str = "", e2e: str = "", steps: str = "250", inputs: str = "150") -> None:
+def main(given: str = "", e2e: str = "", steps: str = "200", inputs: str = "150") -> None:
     logging.disable_progress_bar()
     quick, folder = given.isdigit(), mkdtemp()
     for path in (
