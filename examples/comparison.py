@@ -27,8 +27,6 @@ from prefixkit.training.progress import Silence
 from prefixkit.training.scoring import Scoring, score
 
 FULL = "full fine-tuning"
-HEAD_LR = 5e-3
-"""Of a head beside something else, in every arm; a head alone is given the rates of its arm."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Comparison:
         data: the files of training, validation and test data for a seed.
         metric: of the task, as `prefixkit eval` names it.
         searched: how many of the seeds each rate is tried with.
+        head_rate: of a head beside something else, in every arm; a head alone is given the rates of its arm.
     """
 
     backbone: str
@@ -72,6 +71,7 @@ class Comparison:
     batch_size: int
     seeds: int
     searched: int
+    head_rate: float
     folder: str
 
     def config(self, arm: Arm, rate: float, seed: int) -> TrainConfig:
@@ -87,7 +87,7 @@ class Comparison:
             seed=seed,
             device="cpu",
             method=method_settings(arm.method),
-            optimizer=OptimizerConfig(lr=rate, head_lr=HEAD_LR, warmup_steps=self.steps // 10),
+            optimizer=OptimizerConfig(lr=rate, head_lr=self.head_rate, warmup_steps=self.steps // 10),
             evaluation=EvaluationConfig(every=self.steps),
         )
 
@@ -137,13 +137,13 @@ def run(comparison: Comparison, arm: Arm, rate: float, seed: int) -> Run:
 
 def fine_tune(prepared: Prepared) -> int:
     """Train the backbone itself beside the head; gives the number of the backbone's parameters."""
-    model = prepared.backbone.model.requires_grad_(True)
+    settings, model = prepared.config.optimizer, prepared.backbone.model.requires_grad_(True)
     groups: list[dict[str, Any]] = [
         {"params": list(model.parameters())},
-        {"params": list(prepared.method.parameters()), "peak": HEAD_LR},
+        {"params": list(prepared.method.parameters()), "peak": settings.head_lr},
     ]
-    assert prepared.config.optimizer.lr is not None
-    optimizer = torch.optim.AdamW(groups, lr=prepared.config.optimizer.lr, weight_decay=0.0)
+    assert settings.lr is not None
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
     everything = [parameter for group in groups for parameter in group["params"]]
     for number in range(prepared.total_steps):
         set_rates(optimizer, schedule(number, prepared))

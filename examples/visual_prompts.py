@@ -56,6 +56,7 @@ def main(given: str = "") -> None:
         batch_size=25,
         seeds=1 if quick else 5,
         searched=1 if quick else 5,
+        head_rate=5e-3,
         folder=folder,
     )
     for row in table(comparison, arms):
