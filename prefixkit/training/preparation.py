@@ -182,9 +182,8 @@ def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
             next_step=f"use --method {fitting}",
         )
     if (
-        (entry.injection == "embedding_prompt" or entry.slots != "none")
-        and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size
-    ):
+        entry.injection == "embedding_prompt" or entry.slots != "none"
+    ) and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size:
         # ELECTRA's small models: a file states one width for tokens and states.
         expected = f"token vectors as wide as the states, {backbone.hidden_size}"
         found, step = str(backbone.vocabulary.shape[1]), "use --method p-tuning-v2"
