@@ -44,7 +44,7 @@ from prefixkit.training.progress import Silence
 LENGTH, BATCH = 16, 16
 FULL = "full fine-tuning"
 PREFIX = {"name": "prefix-tuning", "length": LENGTH}
-RATES = (0.1, 0.3, 1.0)
+RATES = (0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Run:
     bleu: float = float("nan")
 
 
-def main(given: str = "", e2e: str = "", steps: str = "200", inputs: str = "150") -> None:
+def main(given: str = "", e2e: str = "", steps: str = "600", inputs: str = "300") -> None:
     logging.disable_progress_bar()
     quick, folder = given.isdigit(), mkdtemp()
     for path in (

@@ -1,11 +1,12 @@
 """E2E from 50 to 500 examples: a prefix from words, one from random numbers, LoRA, and everything trained.
 
+    pip install 'prefixkit[examples]' peft
     python examples/low_data.py [STEPS] [--backbone DIR] [--e2e FOLDER] [--seeds N] [--out low_data.jsonl]
 
 After the low-data experiment of Prefix-Tuning (Li & Liang 2021, section 6.3). Each seed draws its own examples, and
-30 % as many for validation, which chooses among four points of the run. `--rates` measures the validation loss of three
+30 % as many for validation, which chooses among four points of the run. `--rates` measures the validation loss of four
 rates for each arm on another draw of 100 examples. BLEU is of what is written greedily for the first test inputs.
-Each result is one line of `--out`, and a run that was stopped goes on behind the last. LoRA needs `pip install peft`.
+Each result is one line of `--out`, beside which the curves are drawn; a run that was stopped goes on behind the last.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from statistics import mean, stdev
 from tempfile import mkdtemp
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 
 from prefixkit import load_backbone
 from prefixkit.backbones.decoder import Decoder
@@ -36,10 +39,10 @@ from prefixkit.training.objectives import next_token
 SIZES = (50, 100, 200, 500)
 LENGTH, BATCH, TESTS = 10, 10, 60
 RATES = {
-    "prefix from words": (0.03, 0.1, 0.3),
-    "prefix from random": (0.03, 0.1, 0.3),
-    "LoRA": (0.001, 0.003, 0.01),
-    "full fine-tuning": (0.0001, 0.0003, 0.001),
+    "prefix from words": (0.01, 0.03, 0.1, 0.3),
+    "prefix from random": (0.01, 0.03, 0.1, 0.3),
+    "LoRA": (0.001, 0.003, 0.01, 0.03),
+    "full fine-tuning": (0.0001, 0.0003, 0.001, 0.003),
 }
 CHOSEN = {"prefix from words": 0.1, "prefix from random": 0.1, "LoRA": 0.003, "full fine-tuning": 0.0003}
 
@@ -70,12 +73,15 @@ def main() -> None:
                         file.write(json.dumps(row) + "\n")
                     done.append(row)
                     print(row, flush=True)
-    print(table([row for row in done if row["seed"] != 99]))
+    rows = [row for row in done if row["seed"] != 99]
+    print(table(rows))
+    if rows:
+        draw(rows, out.with_suffix(".svg"))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", type=int, nargs="?", default=150)
+    parser.add_argument("steps", type=int, nargs="?", default=200)
     parser.add_argument("--backbone", default=str(BACKBONE))
     parser.add_argument("--e2e", type=Path, help="A folder with train, valid and test; else the sample inside.")
     parser.add_argument("--seeds", type=int, default=1)
@@ -152,17 +158,40 @@ def fit(arm: Arm, backbone: Decoder, batches: TrainingBatches, held_out: list[An
     return best_loss
 
 
+def scores(rows: list[dict[str, Any]], arm: str, size: int) -> list[float]:
+    return [row["bleu"] for row in rows if (row["arm"], row["size"]) == (arm, size)]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     sizes = sorted({row["size"] for row in rows})
     lines = [f"| BLEU | {' | '.join(map(str, sizes))} |", "|---" * (1 + len(sizes)) + "|"]
     for arm in RATES:
         cells = []
         for size in sizes:
-            found = [row["bleu"] for row in rows if (row["arm"], row["size"]) == (arm, size)]
+            found = scores(rows, arm, size)
             spread = f" ± {stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{mean(found):.1f}{spread}" if found else "")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A curve for each arm: the mean BLEU by the number of examples, in a band of one standard deviation."""
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "prefixkit"  # the same rows, the same bytes
+    sizes = sorted({row["size"] for row in rows})
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for arm in RATES:
+        each = {size: found for size in sizes if (found := scores(rows, arm, size))}
+        means = [mean(found) for found in each.values()]
+        spreads = [stdev(found) if len(found) > 1 else 0.0 for found in each.values()]
+        low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
+        (line,) = axes.plot(list(each), means, marker="o", label=arm)
+        axes.fill_between(list(each), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="examples of E2E", ylabel="test BLEU", xscale="log", xticks=sizes, xticklabels=sizes)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -133,11 +133,18 @@ def _check_slots(method: str, task: TaskRecord) -> None:
 
 
 def _in_slots(config: TrainConfig, task: TaskRecord) -> TrainConfig:
-    """`config` with a vector for each slot of the task, where it has some."""
+    """`config` with a vector for each slot of the task, where it has some.
+
+    Raises:
+        ConfigError: a length that was asked for and is another one.
+    """
     slots = slots_of(task)
     if not slots:
         return config
     method: Any = config.method
+    if method.length not in (slots, type(method).length):
+        step = f"leave --length out, or write {{slot}} {method.length} times"
+        raise ConfigError("--length", expected=f"{slots}, a vector a slot", found=str(method.length), next_step=step)
     return replace(config, method=replace(method, length=slots))
 
 

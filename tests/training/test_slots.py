@@ -171,3 +171,20 @@ def test_label_words_are_searched(folder: Path, tmp_path: Path, capfd: Out) -> N
     assert not set(words["a"]) & set(words["b"])
     assert run([*asked, "--task", str(folder / "cloze.toml")]) == 2
     assert 'expected a task with answer = "label"' in capfd.readouterr().err
+
+
+def test_a_length_that_differs_from_the_slots_is_refused(folder: Path, tmp_path: Path, capfd: Out) -> None:
+    asked = [
+        "train",
+        "--backbone",
+        str(folder / "roberta"),
+        "--method",
+        "p-tuning",
+        "--task",
+        str(folder / "cloze.toml"),
+    ]
+    asked += ["--data", str(folder / "data.jsonl"), "-o", str(tmp_path / "x.safetensors"), "--steps", "1"]
+    assert run([*asked, "--length", "3"]) == 0
+    capfd.readouterr()
+    assert run([*asked, "--length", "5"]) == 2
+    assert "expected 3, a vector a slot; found 5" in capfd.readouterr().err
