@@ -27,7 +27,7 @@ LENGTH = 16
 KEYS_AND_VALUES = {"name": "p-tuning-v2", "length": LENGTH}
 ARMS = (
     Arm("P-Tuning v2", KEYS_AND_VALUES, (3e-3, 1e-2, 3e-2, 1e-1)),
-    Arm("prompt tuning", {"name": "prompt-tuning", "length": LENGTH}, (1e-1, 3e-1, 1.0, 3.0)),
+    Arm("prompt tuning", {"name": "prompt-tuning", "length": LENGTH}, (3e-1, 1.0, 3.0, 10.0)),
     Arm("linear probe", {"name": "linear-probe"}, (1e-2, 3e-2, 1e-1, 3e-1)),
     Arm("P-Tuning v2, MLP", {**KEYS_AND_VALUES, "reparameterization": "mlp"}, (3e-4, 1e-3, 3e-3, 1e-2)),
     Arm(FULL, {"name": "linear-probe"}, (1e-4, 3e-4, 1e-3, 3e-3)),
