@@ -44,7 +44,7 @@ from prefixkit.training.progress import Silence
 LENGTH, BATCH = 16, 16
 FULL = "full fine-tuning"
 PREFIX = {"name": "prefix-tuning", "length": LENGTH}
-RATES = (0.3, 1.0, 3.0)
+RATES = (0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
