@@ -58,9 +58,26 @@ def _injection(pointer: str, record: Mapping[str, Any], document: Mapping[str, A
         marks = sum(document["task"][part].count("{slot}") for part in ("input_template", "separator"))
         if marks != length:
             yield Problem(f"{pointer}/length", f"expected {marks}, one a {{slot}} in the task; found {length}")
+    if (record["kind"], record.get("placement")) == ("key_value_prefix", "slots"):
+        yield from _infix(pointer, record, document)
     outputs = _outputs(document.get("task", {}))
     if record["kind"] == "task_head" and outputs is not None and record["labels"] != outputs:
         yield Problem(f"{pointer}/labels", f"expected {outputs} as in /task; found {record['labels']}")
+
+
+def _infix(pointer: str, record: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
+    if (*document["backbone"]["stacks"], record["attention"]) != ("decoder", "self"):
+        yield Problem(f"{pointer}/placement", "expected 'prepend' but for decoder.self of a decoder; found 'slots'")
+    if record["positions"]["text_start"] != 0:
+        yield Problem(f"{pointer}/positions/text_start", "expected 0, as slots are places of the text")
+    separator = document.get("task", {}).get("separator")
+    if separator is not None and ends_in_slot(separator):
+        yield Problem("/task/separator", f"expected text at its end, behind the slots; found {separator[-60:]!r}")
+
+
+def ends_in_slot(separator: str) -> bool:
+    """Whether a prompt with this separator may end in a slot: without one, the input may be cut behind its last."""
+    return not separator or separator.endswith("{slot}")
 
 
 def _outputs(task: Mapping[str, Any]) -> int | None:

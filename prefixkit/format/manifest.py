@@ -81,7 +81,8 @@ class InjectionRecord:
     positions: Positions | None = None
     frozen_slots: int | None = None
     placement: str | None = None
-    """`prepend`, `after_first` or `slots`, for `embedding_prompt` and `hidden_prompt`."""
+    """`prepend`, `after_first` or `slots`, for `embedding_prompt` and `hidden_prompt`. For `key_value_prefix` `slots`,
+    or `prepend`, which it is without."""
     token_ids: tuple[int, ...] | None = None
     mode: str | None = None
     """`replace` or `add`, for `hidden_prompt`."""
@@ -91,6 +92,11 @@ class InjectionRecord:
     """The number of outputs, for `task_head`."""
     reads: str | None = None
     """`first`, `last`, `mean` or `each`: which of the backbone's final states a `task_head` maps."""
+
+    @property
+    def infix(self) -> bool:
+        """Whether it is keys and values in slots of the text."""
+        return (self.kind, self.placement) == ("key_value_prefix", "slots")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,7 @@ def _kind(required: Mapping[str, Check], optional: Mapping[str, Check] | None = 
 _INJECTIONS: dict[str, Check] = {
     "key_value_prefix": _kind(
         {"stack": _STACK, "attention": one_of(("self", "cross")), "length": _COUNT, "positions": _POSITIONS},
-        {"frozen_slots": _INDEX},
+        {"frozen_slots": _INDEX, "placement": one_of(("prepend", "slots"))},
     ),
     "embedding_prompt": _kind(
         {"stack": _STACK, "length": _COUNT, "placement": _PLACEMENT},

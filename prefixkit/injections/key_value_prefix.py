@@ -1,4 +1,4 @@
-"""Keys and values in front of the text's own, in every layer of an attention, or of several."""
+"""Keys and values in front of the text's own, or among them, in every layer of an attention, or of several."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class KeyValuePrefix:
         positions: where the text that follows starts counting.
         frozen_slots: how many leading slots training leaves alone.
         stack, attention: where they go: `decoder` and `self`, or one of the three places of an encoder-decoder.
+        placement: `prepend`, before the text; `slots`, on a decoder, in the place of the keys and values that the slots
+            of the task's template have: what stands before a slot does not see it.
     """
 
     keys: tuple[Tensor, ...]
@@ -32,6 +34,7 @@ class KeyValuePrefix:
     frozen_slots: int = 0
     stack: str = field(default="decoder")
     attention: str = field(default="self")
+    placement: str = field(default="prepend")
 
     @property
     def length(self) -> int:
@@ -52,6 +55,7 @@ class KeyValuePrefix:
             length=self.length,
             positions=self.positions,
             frozen_slots=self.frozen_slots,
+            placement=None if self.placement == "prepend" else self.placement,
         )
 
     def arrays(self) -> dict[str, Array]:

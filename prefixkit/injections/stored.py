@@ -109,4 +109,5 @@ def _key_values(prefix: Prefix, record: InjectionRecord) -> KeyValuePrefix:
         frozen_slots=record.frozen_slots or 0,
         stack=stack,
         attention=attention,
+        placement=record.placement or "prepend",
     )
