@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import (
@@ -81,6 +82,10 @@ def _moved(prefix: KeyValuePrefix, move: Callable[[Tensor], Tensor]) -> KeyValue
 class Attachment:
     """One model and what it receives. A hook on its decoder places the prefix and shifts the text's positions.
 
+    Attributes:
+        slots: of keys and values in slots, [batch, prompt]: which of them stands at each token of the prompts that are
+            read, from 0; -1 where none does. None for a prefix before the text.
+
     Raises:
         BackboneError: the model has an attachment already, or its attention cannot be given a prefix.
     """
@@ -88,6 +93,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, method: MakesPrefix | None = None) -> None:
         _refuse_unready(model)
         self.model, self.method = model, method
+        self.slots: Tensor | None = None
         self.frozen: list[nn.Parameter] = []
         self._install()
         model.__dict__[ATTACHMENT] = self
@@ -134,8 +140,18 @@ class Attachment:
         _refuse_reentrant(self.model)
         index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
-        keywords[KEYWORD] = Injected(keys=keys, values=values, query_index=index)
+        slots = self._slots(tokens, keywords)
+        keywords[KEYWORD] = Injected(keys=keys, values=values, slots=slots, query_index=index)
         return (), keywords
+
+    def _slots(self, tokens: Any, keywords: dict[str, Any]) -> Tensor | None:
+        """[batch, text]: `slots` for the text so far. What is written behind a prompt is none, in each of its beams."""
+        if self.slots is None:
+            return None
+        cache = keywords.get("past_key_values")
+        text = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        rows = self.slots.repeat_interleave(tokens.shape[0] // self.slots.shape[0], dim=0)
+        return F.pad(rows, (0, text - rows.shape[1]), value=-1)
 
     def _place(self, tokens: Any, prefix: KeyValuePrefix | None, keywords: dict[str, Any]) -> Tensor:
         """Give the text in `keywords` its positions, and say how many real tokens precede each of them."""
@@ -197,7 +213,8 @@ def attach(
 
     Raises:
         BackboneError: the model has a prefix already, or cannot take this one: its attention implementation, a sliding
-            window that would swallow the prefix, no positions left for text, or none that it could be given.
+            window that would swallow the prefix, no positions left for text, or none that it could be given, slots of a
+            task that it does not know.
         MismatchError: the prefix has other layers or shapes than the model, or was made for another backbone.
     """
     _refuse_unready(model)
@@ -306,13 +323,17 @@ def check_fits(model: PreTrainedModel, prefix: KeyValuePrefix) -> None:
 
     Raises:
         MismatchError: another number of layers, or other key and value shapes.
-        BackboneError: a sliding window would swallow the prefix, no position is left for text, or the model cannot
-            place text where the prefix wants it.
+        BackboneError: it stands in slots of the text, a sliding window would swallow it, no position is left for text,
+            or the model cannot place text where the prefix wants it.
     """
     where = model.config.model_type
     stack = "encoder" if is_encoder(model.config) else "decoder"
     if prefix.stack != stack:
         raise MismatchError(where, expected=f"a prefix of an {stack}", found=f"one of an {prefix.stack}")
+    if prefix.placement != "prepend":
+        runs = "`prefixkit train` and `prefixkit eval` run it"
+        expects, among = "a prefix before the text", "one in slots of the text"
+        raise BackboneError(where, expected=expects, found=among, next_step=runs)
     geometry = measure_encoder(model) if stack == "encoder" else measure(model, where)
     expected = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in geometry]
     found = [

@@ -7,6 +7,9 @@ holds the text only, and the prefix is there whenever attention runs.
 What is injected travels down as a keyword argument of one forward pass. No state is kept on the model: passes cannot
 disturb each other, even when gradient checkpointing runs a layer again after a later pass.
 
+Keys and values in slots of the text are written over those that the slots have, each time anew: what the cache holds
+of a slot is never seen. Masks and positions stay the model's.
+
 The text's mask is the model's own. The prefix's columns of the mask are ours: a sliding window counts real tokens from
 the prefix, whatever padding the cache holds in between.
 """
@@ -44,6 +47,8 @@ class Injected:
 
     Attributes:
         keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
+        slots: [batch, text], which of the keys and values stands at each token of the text so far, from 0; -1 at those
+            that keep their own. None for keys and values before the text.
         query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
         seen: where the layers that are handed this leave what they see, in the order of their work.
         cross: the same for the stack's cross-attention; None in a stack that has none.
@@ -51,6 +56,7 @@ class Injected:
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
     query_index: Tensor | None = None
     seen: list[Seen] | None = None
     cross: Injected | None = None
@@ -186,6 +192,10 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         if length == 0:
             return attention(module, query, key, value, attention_mask, **keywords)
         layer: int = getattr(module, _LAYER)
+        if injected.slots is not None:
+            key = _with_slots(key, injected.keys[layer], injected.slots)
+            value = _with_slots(value, injected.values[layer], injected.slots)
+            return attention(module, query, key, value, attention_mask, **keywords)
         if attention_mask is None and causal and (query.shape[2] > 1 or window is not None):
             attention_mask = _causal(query, key)
         if attention_mask is not None:
@@ -212,6 +222,16 @@ for _previous, _attention in _ATTENTION.items():
 def _rows(prefix: Tensor, like: Tensor) -> Tensor:
     """[kv_heads, prefix, head_dim] -> [batch, kv_heads, prefix, head_dim], in the dtype and on the device of `like`."""
     return prefix.to(like.device, like.dtype).expand(like.shape[0], -1, -1, -1)
+
+
+def _with_slots(own: Tensor, given: Tensor, slots: Tensor) -> Tensor:
+    """`own` [batch, kv_heads, seq, head_dim] with `given` [kv_heads, prefix, head_dim] where `slots` say."""
+    # Under a sliding window the cache holds the end of the text only.
+    seen = slots[:, -own.shape[2] :]
+    rows, columns = (seen >= 0).nonzero(as_tuple=True)
+    made = own.clone()
+    made[rows, :, columns] = given.to(own.device, own.dtype).transpose(0, 1)[seen[rows, columns]]
+    return made
 
 
 def _with_prefix_columns(mask: Tensor, query_index: Tensor | None, length: int, window: int | None) -> Tensor:

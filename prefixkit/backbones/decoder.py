@@ -19,7 +19,7 @@ from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
 from prefixkit.backbones.positions import refuse_unplaceable
-from prefixkit.backbones.slots import filled, in_slots
+from prefixkit.backbones.slots import filled, in_slots, infix_of, numbered, refuse_infix
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry, Positions
 from prefixkit.injections import (
@@ -71,7 +71,10 @@ class Decoder(Backbone):
     def _text(self, ids: Tensor, received: Injection | None) -> dict[str, Tensor]:
         """What the model is called with: `ids`, or their vectors with a prompt's in the slots."""
         prompt = in_slots(received)
-        return {"input_ids": ids} if prompt is None else {"inputs_embeds": filled(self.model, ids, prompt)}
+        if prompt is not None:
+            return {"inputs_embeds": filled(self.model, ids, prompt)}
+        # A slot of keys and values reads as any token: nobody sees what becomes of it.
+        return {"input_ids": ids if infix_of(received) is None else ids.clamp(min=0)}
 
     def key_values(self, received: Injection | None) -> KeyValuePrefix | None:
         """The keys and values of `received`; None where it has none."""
@@ -92,19 +95,34 @@ class Decoder(Backbone):
 
     def refuse_unplaceable(self, received: Injection) -> None:
         """Refuse text that the model cannot place where it should start; see `prefixkit.backbones.positions`."""
-        if received.length and in_slots(received) is None:
+        if infix_of(received) is not None:
+            refuse_infix(self.model)
+        elif received.length and in_slots(received) is None:
             refuse_unplaceable(self.model, positions_of(received), received.length)
 
     @contextmanager
-    def injected(self, prefix: Injection | None) -> Iterator[PreTrainedModel]:
-        """The model with `prefix` in it for the length of a `with` block."""
+    def injected(self, prefix: Injection | None, ids: Tensor) -> Iterator[PreTrainedModel]:
+        """The model with `prefix` in it for the length of a `with` block, in which it reads `ids` [batch, seq].
+
+        Raises:
+            MismatchError: another number of slots in a row than keys and values for them.
+            BackboneError: keys and values in slots that the model cannot take.
+        """
         made = self.key_values(prefix)
-        self._attachment.method = None if made is None else FixedPrefix(made)
+        slots = self._numbered(ids, made)
+        self._attachment.method, self._attachment.slots = None if made is None else FixedPrefix(made), slots
         try:
             with changed(self.model, prefix):
                 yield self.model
         finally:
-            self._attachment.method = None
+            self._attachment.method = self._attachment.slots = None
+
+    def _numbered(self, ids: Tensor, made: KeyValuePrefix | None) -> Tensor | None:
+        infix = infix_of(made)
+        if infix is None:
+            return None
+        refuse_infix(self.model)
+        return numbered(self.model, ids, infix.length)
 
     def release(self) -> PreTrainedModel:
         """The model as `transformers` made it, without our hooks."""
@@ -120,14 +138,14 @@ class Decoder(Backbone):
 
         `attention_mask` [batch, seq] marks real tokens; padding may be on either side.
         """
-        with self.injected(prefix) as model:
+        with self.injected(prefix, input_ids) as model:
             text = self._text(input_ids, prefix)
             logits: Tensor = model(**text, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
     def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], each row as if it were alone."""
-        with self.injected(received) as model:
+        with self.injected(received, inputs["input_ids"]) as model:
             text = self._text(inputs["input_ids"], received)
             mask = inputs.get("attention_mask")
             states: Tensor = model.get_decoder()(**text, attention_mask=mask, use_cache=False).last_hidden_state
@@ -164,7 +182,7 @@ class Decoder(Backbone):
         cache = DynamicCache()
         tokens = torch.tensor([token_ids], device=self.device)
         # Nobody reads the logits: of a long text they would be larger than everything else together.
-        with self.injected(None) as model, self._logits_only_at(_last(tokens)):
+        with self.injected(None, tokens) as model, self._logits_only_at(_last(tokens)):
             model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return KeyValuePrefix(
             keys=tuple(layer.keys[0].clone() for layer in cache.layers),
@@ -225,8 +243,9 @@ class Decoder(Backbone):
         width = max(map(len, prompts))
         rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        with self.injected(prefix) as model, without_habits(model):
-            text = self._text(torch.tensor(rows, device=self.device), prefix)
+        ids = torch.tensor(rows, device=self.device)
+        with self.injected(prefix, ids) as model, without_habits(model):
+            text = self._text(ids, prefix)
             mask = torch.tensor(real, device=self.device)
             written = model.generate(**text, attention_mask=mask, generation_config=settings)
         # Behind vectors only what is new is returned.

@@ -94,9 +94,9 @@ class Encoder(Backbone):
     def _folded(self, part: One) -> One:
         if isinstance(part, HiddenPrompt) and part.mode == "replace":
             return fold_hidden(self.model, part)
-        if isinstance(part, KeyValuePrefix) and part.stack != "encoder":
-            found = f"one of a {part.stack}"
-            raise MismatchError(self.identity.family, expected="a prefix of an encoder", found=found)
+        if isinstance(part, KeyValuePrefix) and (part.stack, part.placement) != ("encoder", "prepend"):
+            found = f"one of a {part.stack}" if part.placement == "prepend" else f"one in {part.placement}"
+            raise MismatchError(self.identity.family, expected="a prefix of an encoder, before its text", found=found)
         if isinstance(part, EmbeddingPrompt) and part.placement == "prepend":
             self._refuse_apart(part)
         return part

@@ -16,8 +16,10 @@ NO_POSITIONS = Positions(text_start=0, prefix_takes_positions=False)
 
 
 def refuse_positions(parts: Iterable[KeyValuePrefix], where: str) -> None:
-    """Raise BackboneError for a prefix whose text would start elsewhere than at 0."""
+    """Raise BackboneError for a prefix whose text would start elsewhere than at 0, or that stands in slots of it."""
     for part in parts:
+        if part.placement != "prepend":
+            raise BackboneError(where, expected="prefixes before the text", found=f"{part.place} in {part.placement}")
         if part.positions != NO_POSITIONS:
             found = f"{part.place} with text that starts at {part.positions.text_start}"
             raise BackboneError(where, expected="prefixes that take no positions", found=found)
