@@ -51,8 +51,8 @@ def export_peft(prefix: Prefix, folder: str | Path) -> None:
     """Write `prefix` as a folder that `PeftModel.from_pretrained` loads; the usage contract has no place in it.
 
     Raises:
-        FormatError: what PEFT cannot express: something besides keys and values, layers of different shapes, text that
-            does not start right after the prefix.
+        FormatError: what PEFT cannot express: something besides keys and values, slots of the text, layers of different
+            shapes, text that does not start right after the prefix.
         InputError: the folder cannot be written, or holds other files. Nothing half-written stays.
     """
     record, backbone = _expressible(prefix), prefix.manifest.backbone
@@ -121,6 +121,9 @@ def _expressible(prefix: Prefix) -> InjectionRecord:
     elif len(records) != 1 or (records[0].kind, records[0].stack) != ("key_value_prefix", "decoder"):
         expected += "keys and values of a decoder alone"
         found = ", ".join(record.kind for record in records)
+    elif records[0].infix:
+        expected += "keys and values before the text"
+        found = "some in slots of it"
     elif records[0].positions != Positions(text_start=records[0].length or 0):
         expected += f"text that starts at position {records[0].length}, after the prefix"
         found = str(records[0].positions)

@@ -54,6 +54,9 @@ class ReaderExport(Export):
             raise ConfigError("--baked", expected=expected, found=found, next_step=step)
         if dtype != "float32":
             raise ConfigError("--dtype", expected="float32 for a model that reads", found=dtype)
+        if prefix is not None and any(record.infix for record in prefix.manifest.injections):
+            found, step = "some in slots of it", "`prefixkit eval` runs it"
+            raise InputError("export --onnx", expected="keys and values before the text", found=found, next_step=step)
         super().__init__(prefix, dtype=dtype, baked=baked)
 
     @property

@@ -36,9 +36,10 @@ METHODS = {
             name="prefix-tuning",
             injection="key_value_prefix",
             backbones=("decoder", "encoder-decoder"),
-            trains="keys and values in every layer, directly or through an MLP",
+            trains="keys and values in every layer, before the text or in slots of it, directly or through an MLP",
             init=("text", "text:WORDS", "random", "zeros", "prefix:FILE"),
             paper="Li & Liang 2021, arXiv 2101.00190",
+            slots="taken",
         ),
         MethodEntry(
             name="prompt-tuning",

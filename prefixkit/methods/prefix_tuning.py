@@ -4,6 +4,11 @@ Where the paper and the official code differ, this follows the code: keys and va
 paper speaks of activations), the MLP's bottleneck is 512 wide, and there is no prefix dropout. An encoder-decoder gets
 three independent prefixes (the paper speaks of two): in its encoder, in its decoder, and before the encoder's output
 where the decoder looks at that.
+
+On a decoder whose task marks slots it is the infix of the paper's section 7.3: a key and a value for each slot, which
+attention sees in the place of the slot's own. They are free constants there too, as the paper has the activations of an
+infix; the official code adds them to what the frozen model computes of the slots. Keys are as attention consumes them:
+with RoPE their distance to the tokens around them changes with the length of the input.
 """
 
 from __future__ import annotations
@@ -33,12 +38,12 @@ class Settings:
     """What is trained.
 
     Attributes:
-        length: prefix slots.
+        length: prefix slots, as many as the template marks where it marks some.
         init: `text` (the training data's own words), `text:WORDS`, `random`, `zeros` or `prefix:FILE`.
         reparameterization: `none`, or `mlp` as in the paper.
         bottleneck: width of the MLP's middle layer.
         positions: `offset` counts the text from `length`, as decoders' caches do; `none` counts it from 0, as
-            encoder-decoders always do.
+            encoder-decoders always do. Slots of the text have its positions.
         stacks: where an encoder-decoder gets a prefix: `decoder.self`, `encoder.self`, `decoder.cross`, or several with
             commas between them; all three by default.
     """
@@ -152,11 +157,27 @@ class PrefixesTuning(Method):
 
 
 def make(settings: Settings, material: Material) -> PrefixTuning | PrefixesTuning:
-    """Prefix-Tuning at its start. Raises ConfigError for a start that it does not know."""
+    """Prefix-Tuning at its start.
+
+    Raises:
+        ConfigError: a start that it does not know, or slots elsewhere than on a decoder or without positions.
+    """
+    if material.slots:
+        _refuse_slots(settings, material)
     begin = _start(settings, material)
     if isinstance(begin, KeyValuePrefix):
         return _trained(begin, settings, material)
     return PrefixesTuning([_trained(part, settings, material) for part in _chosen(begin, settings)])
+
+
+def _refuse_slots(settings: Settings, material: Material) -> None:
+    kind = material.backbone.kind
+    if kind != "decoder":
+        found, step = f"{material.slots}, on an {kind}", "use --method prompt-tuning"
+        raise ConfigError("--method prefix-tuning", expected="a task without slots", found=found, next_step=step)
+    if settings.positions == "none":
+        step = "leave it out: slots are places of the text"
+        raise ConfigError("positions", expected="offset for a task with slots", found="none", next_step=step)
 
 
 def _chosen(start: KeyValuePrefixes, settings: Settings) -> list[KeyValuePrefix]:
@@ -170,9 +191,10 @@ def _chosen(start: KeyValuePrefixes, settings: Settings) -> list[KeyValuePrefix]
 
 
 def _trained(begin: KeyValuePrefix, settings: Settings, material: Material) -> PrefixTuning:
-    offset = settings.positions != "none"
+    offset = settings.positions != "none" and not material.slots
+    positions = Positions(text_start=begin.length if offset else 0, prefix_takes_positions=offset)
     return PrefixTuning(
-        replace(begin, positions=Positions(text_start=begin.length if offset else 0, prefix_takes_positions=offset)),
+        replace(begin, positions=positions, placement="slots" if material.slots else "prepend"),
         reparameterization=settings.reparameterization,
         hidden=material.backbone.hidden_size,
         bottleneck=settings.bottleneck,

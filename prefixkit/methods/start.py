@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from prefixkit.errors import ConfigError
-from prefixkit.injections import Injection, parts_of
+from prefixkit.injections import Injection, KeyValuePrefix, parts_of
 from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.method import Material
 
@@ -22,7 +22,7 @@ def from_parent(material: Material, file: str, length: int, kind: type[Kind]) ->
     """What a prefix file injects, of this kind and length.
 
     Raises:
-        ConfigError: another kind or length.
+        ConfigError: another kind or length, or keys and values in slots where there are none.
     """
     given = material.parent(file)
     held = (given,) if isinstance(given, kind) else parts_of(given)
@@ -33,6 +33,9 @@ def from_parent(material: Material, file: str, length: int, kind: type[Kind]) ->
     if parent.length != length:
         step = f"use --length {parent.length}"
         raise ConfigError("--init", expected=f"a prefix of {length} slots", found=f"{parent.length}", next_step=step)
+    if isinstance(parent, KeyValuePrefix) and parent.placement == "slots" and not material.slots:
+        found, step = "one in slots", "use the task that it was trained for"
+        raise ConfigError("--init", expected="a prefix before the text", found=found, next_step=step)
     return parent
 
 

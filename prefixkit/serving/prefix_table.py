@@ -36,7 +36,7 @@ def served(prefix: Prefix, dtype: np.dtype[Any]) -> ServedPrefix:
     """A loaded prefix as a graph of `dtype` takes it.
 
     Raises:
-        InputError: a prefix without keys and values, or with numbers that float16 cannot hold.
+        InputError: a prefix without keys and values, in slots of the text, or with numbers that float16 cannot hold.
     """
     tensors = converted(prefix, "decoder", "self", dtype)
     record = next(record for record in prefix.manifest.injections if record.kind == "key_value_prefix")
@@ -46,6 +46,10 @@ def served(prefix: Prefix, dtype: np.dtype[Any]) -> ServedPrefix:
 
 def converted(prefix: Prefix, stack: str, attention: str, dtype: np.dtype[Any]) -> tuple[Array, ...]:
     """Key and value of each layer of an attention, in `dtype`. Raises InputError as `served` does."""
+    if any(record.infix for record in prefix.manifest.injections):
+        found, step = "one in slots of the text", "`prefixkit eval` runs it"
+        where = f"prefix for {prefix.manifest.backbone.name}"
+        raise InputError(where, expected="a prefix before the text", found=found, next_step=step)
     tensors = tuple(array for pair in key_values(prefix, stack=stack, attention=attention) for array in pair)
     # float32 first: bfloat16 reaches float16 only through it.
     made = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)

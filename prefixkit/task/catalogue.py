@@ -29,8 +29,9 @@ Where a vocabulary keeps a word's space with the word, as RoBERTa's does, write 
 `target_template = " {target}"`.
 
 `{slot}` in input_template or separator is no field but a place for a vector of the prompt: P-Tuning's
-`"{cls}{slot}{slot}{mask}{slot}{text}{sep}"`, or with `separator = "{slot}{slot}"` Li and Liang's infix between input
-and target, at the input vectors. There are as many vectors as slots.
+`"{cls}{slot}{slot}{mask}{slot}{text}{sep}"`. Prefix-Tuning on a decoder puts a key and a value of every layer there:
+with `separator = "{slot}{slot}{eos}"` Li and Liang's infix between input and target. Its separator ends in something
+else than a slot, from which the target goes on. There are as many vectors, or keys and values, as slots.
 """
 
 from __future__ import annotations

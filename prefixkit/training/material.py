@@ -11,7 +11,7 @@ from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection, injection
 from prefixkit.methods.method import Material
 from prefixkit.prefix import Prefix, load, matches
-from prefixkit.task import ModelTokenizer, answer_ids, slots_of
+from prefixkit.task import SLOT_ID, ModelTokenizer, answer_ids, slots_of
 from prefixkit.training.config import TrainConfig
 
 _FROM_TEXT = ("text", "document")
@@ -68,7 +68,7 @@ def _own_words(encoded: Sequence[Any], length: int) -> list[int]:
     """
     words: list[int] = []
     for example in encoded:
-        words += example.words if hasattr(example, "words") else [0]
+        words += [word for word in example.words if word != SLOT_ID] if hasattr(example, "words") else [0]
         if len(words) >= length:
             break
     return words

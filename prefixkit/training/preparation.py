@@ -15,6 +15,7 @@ from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.data.readers import data_hash
 from prefixkit.errors import ConfigError
+from prefixkit.format.consistency import ends_in_slot
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.methods.catalogue import METHODS
@@ -122,7 +123,7 @@ def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTok
 
 
 def _check_slots(method: str, task: TaskRecord) -> None:
-    """Raise ConfigError for slots that a method does not fill, or for none where it needs some."""
+    """Raise ConfigError for slots that a method does not fill or could be read at, or for none where it needs some."""
     slots, needs = slots_of(task), METHODS[method].slots
     if slots and needs == "none":
         step = f"use --method {' or '.join(name for name, entry in METHODS.items() if entry.slots != 'none')}"
@@ -130,6 +131,9 @@ def _check_slots(method: str, task: TaskRecord) -> None:
     if not slots and needs == "needed":
         step = 'write {slot} into its templates, such as "{cls}{text}{slot}{slot}{mask}{slot}"'
         raise ConfigError(f"--method {method}", expected="a task with slots", found="none", next_step=step)
+    if slots and METHODS[method].injection == "key_value_prefix" and ends_in_slot(task.separator):
+        expected, step = "a separator that ends in text", r'write it behind the slots, such as "{slot}{slot}\n"'
+        raise ConfigError(f"task {task.name}", expected=expected, found=repr(task.separator), next_step=step)
 
 
 def _in_slots(config: TrainConfig, task: TaskRecord) -> TrainConfig:
@@ -188,9 +192,8 @@ def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
             found=f"{backbone.identity.family}, of the kind {backbone.kind}",
             next_step=f"use --method {fitting}",
         )
-    if (
-        entry.injection == "embedding_prompt" or entry.slots != "none"
-    ) and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size:
+    in_embeddings = entry.slots != "none" and entry.injection != "key_value_prefix"
+    if in_embeddings and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size:
         # ELECTRA's small models: a file states one width for tokens and states.
         expected = f"token vectors as wide as the states, {backbone.hidden_size}"
         found, step = str(backbone.vocabulary.shape[1]), "use --method p-tuning-v2"

@@ -133,3 +133,12 @@ def test_every_slot_learns_from_tags_and_from_words(
     assert dead(ready) == []
     heads = {name for name in slots(ready.method()) if name.startswith(("cls.", "vocab_"))}
     assert bool(heads) == (method == "bitfit" and answer == "words")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_slot_of_an_infix_learns(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task.toml").write_text('input_template = "{slot}{input}"\nseparator = "{slot}{slot}\\n"\n')
+    more = ["--task", str(tmp_path / "task.toml"), "--length", "3"]
+    ready = prepared("prefix-tuning", family, tmp_path, monkeypatch, *more)
+    assert dead(ready) == []
+    assert {each.shape[1] for each in slots(ready.method()).values()} == {3}

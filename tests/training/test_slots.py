@@ -142,7 +142,9 @@ def test_what_cannot_be_is_refused_in_a_line(folder: Path, tmp_path: Path, capfd
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize(("method", "lr"), [("prompt-tuning", "1"), ("optiprompt", "0.1"), ("p-tuning", "0.01")])
+@pytest.mark.parametrize(
+    ("method", "lr"), [("prompt-tuning", "1"), ("optiprompt", "0.1"), ("p-tuning", "0.01"), ("prefix-tuning", "0.1")]
+)
 def test_an_infix_stands_between_input_and_target(
     backbone_folder: Callable[..., Path], records: Path, tmp_path: Path, capfd: Out, method: str, lr: str
 ) -> None:
