@@ -62,7 +62,7 @@ ARMS = (
     Arm("prefix, cross-attention", {**PREFIX, "stacks": "decoder.cross"}, RATES),
     Arm("prefixes, all three", PREFIX, RATES),
     Arm("prompt tuning", {"name": "prompt-tuning", "length": LENGTH}, (0.3, 1.0, 3.0)),
-    Arm(FULL, PREFIX, (3e-4, 1e-3, 3e-3)),
+    Arm(FULL, PREFIX, (1e-3, 3e-3, 1e-2)),
 )
 
 
