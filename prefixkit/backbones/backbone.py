@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.deltas import biases, normalizations
+from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
+from prefixkit.backbones.targets import Output, Targets
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
@@ -35,6 +36,8 @@ class Backbone(ABC):
     model: PreTrainedModel
     folder: Path
     identity: BackboneIdentity
+    _output_known: bool | None = field(default=None, init=False, repr=False)
+    """Whether we know what follows the output layer; None before it was needed."""
 
     @property
     @abstractmethod
@@ -129,6 +132,27 @@ class Backbone(ABC):
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` that are not -100, row by row."""
 
+    @contextmanager
+    def targets(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+    ) -> Iterator[Targets]:
+        """What `target_logits` are made of, for losses that need not see all of them at once.
+
+        Deltas are in the output layer for the length of the `with` block.
+        """
+        inputs = (input_ids, attention_mask, labels, prefix)
+        output = Output(self.model)
+        with changed(self.model, prefix):
+            with output.kept() as kept:
+                row = self.target_logits(*inputs)
+            if self._output_known is None:
+                self._output_known = output.matches(kept[0], row)
+            if self._output_known:
+                yield output.targets(kept[0], row)
+                return
+        logits = self.target_logits(*inputs)
+        yield Targets(logits, lambda some: some, logits.shape[-1])
+
     @abstractmethod
     def generate(
         self,
@@ -146,7 +170,8 @@ class Backbone(ABC):
         """Logits in a `with` block are [1, chosen, vocab]: those where `chosen` [batch, seq] is True."""
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],))
+        # In front of whatever else looks at what the head is given.
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],), prepend=True)
         try:
             yield
         finally:

@@ -65,14 +65,16 @@ def _sums(model: PreTrainedModel, deltas: Mapping[str, Tensor]) -> dict[int, Ten
 @contextmanager
 def _instead(model: PreTrainedModel, tensors: Mapping[int, Tensor]) -> Iterator[None]:
     # A plain attribute hides the parameter of its name; `state_dict` and optimizers never see it.
-    hidden: list[tuple[nn.Module, str]] = []
+    hidden: list[tuple[nn.Module, str, Tensor | None]] = []
     try:
         for module in model.modules() if tensors else ():
             for name, weight in module._parameters.items():
                 if id(weight) in tensors:
+                    hidden.append((module, name, module.__dict__.get(name)))
                     module.__dict__[name] = tensors[id(weight)]
-                    hidden.append((module, name))
         yield
     finally:
-        for module, name in hidden:
+        for module, name, before in hidden:
             del module.__dict__[name]
+            if before is not None:
+                module.__dict__[name] = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixkit.backbones.backbone import Backbone
+from prefixkit.backbones.targets import Targets
 from prefixkit.data.batches import Batch
 from prefixkit.injections import Injection
 
@@ -21,8 +23,9 @@ TOP = 20
 
 def next_token(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     """The cross-entropy of the targets themselves."""
-    labels = batch.labels.to(backbone.device)
-    return cross_entropy_sum(_target_logits(backbone, batch, received), labels)
+    wanted = _wanted(backbone, batch)
+    with _targets(backbone, batch, received) as targets:
+        return targets.summed(lambda logits, part: cross_entropy_sum(logits, wanted[part]))
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class Distillation:
 
     def __call__(self, backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
         """The summed loss of a batch."""
-        with torch.no_grad():
-            wanted = _target_logits(backbone, batch, self.teacher)
-        return soft_cross_entropy_sum(_target_logits(backbone, batch, received), wanted, self.top)
+        with torch.no_grad(), _targets(backbone, batch, self.teacher) as taught:
+            parts = [likeliest(taught.logits_of(taught.states[part]), self.top) for part in taught.parts()]
+        shares, tokens = (torch.cat(each) for each in zip(*parts, strict=True))
+        with _targets(backbone, batch, received) as targets:
+            return targets.summed(lambda logits, part: soft_cross_entropy_sum(logits, shares[part], tokens[part]))
 
 
 @dataclass(frozen=True)
@@ -55,38 +60,41 @@ class AmongLabels:
 
     def __call__(self, backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
         """The summed loss of a batch, which has one target an example."""
-        labels = batch.labels.to(backbone.device)
         known = torch.tensor(self.words, device=backbone.device)
-        right = (labels[labels != -100][:, None] == known).long().argmax(dim=1)
-        logits = _target_logits(backbone, batch, received)[:, known]
-        return F.cross_entropy(logits.float(), right, reduction="sum")
+        right = (_wanted(backbone, batch)[:, None] == known).long().argmax(dim=1)
+        with _targets(backbone, batch, received) as targets:
+            return targets.summed(lambda logits, part: cross_entropy_sum(logits[:, known], right[part]))
 
 
-def _target_logits(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
-    labels = batch.labels.to(backbone.device)
-    tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
-    return backbone.target_logits(tokens, mask, labels, received)
+def _wanted(backbone: Backbone, batch: Batch) -> Tensor:
+    """[tokens]: the targets, row by row."""
+    return batch.labels[batch.labels != -100].to(backbone.device)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood in nats of the labelled tokens.
+def _targets(backbone: Backbone, batch: Batch, received: Injection | None) -> AbstractContextManager[Targets]:
+    device = backbone.device
+    tokens, mask, labels = batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
+    return backbone.targets(tokens, mask, labels, received)
 
-    Args:
-        logits: [tokens, vocab], what a backbone's `target_logits` gives for `labels`.
-        labels: [batch, seq], -100 where nothing is to be learnt.
-    """
-    wanted = labels[labels != -100]
+
+def cross_entropy_sum(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Summed negative log-likelihood in nats of the tokens `wanted` [tokens], given `logits` [tokens, vocab]."""
     return F.cross_entropy(logits.float(), wanted, reduction="sum")
 
 
-def soft_cross_entropy_sum(logits: Tensor, teacher: Tensor, top: int = TOP) -> Tensor:
-    """Summed cross-entropy in nats against the `top` most likely tokens of `teacher`, whose shares stay as they are.
+def likeliest(logits: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:
+    """The `top` most likely tokens under `logits` [tokens, vocab]: their shares of the whole, and which they are."""
+    shares, tokens = torch.softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+    return shares, tokens
+
+
+def soft_cross_entropy_sum(logits: Tensor, shares: Tensor, tokens: Tensor) -> Tensor:
+    """Summed cross-entropy in nats against the most likely tokens of a teacher, whose shares stay as they are.
 
     Args:
         logits: [tokens, vocab].
-        teacher: [tokens, vocab].
+        shares, tokens: [tokens, top], what `likeliest` makes of the teacher's logits.
     """
-    shares, tokens = torch.softmax(teacher.float(), dim=-1).topk(min(top, teacher.shape[-1]), dim=-1)
     return -(shares * torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens)).sum()
 
 

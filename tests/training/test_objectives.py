@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixkit.data.batches import EncodedExample, collate
-from prefixkit.training.objectives import Distillation, next_token, soft_cross_entropy_sum
+from prefixkit.training.objectives import Distillation, likeliest, next_token, soft_cross_entropy_sum
 from tests.architectures import VOCAB, tiny
 from tests.backbones.test_decoder import wrap
 from tests.ragged import random_prefix
@@ -22,14 +22,14 @@ def test_soft_cross_entropy_is_the_sum_over_the_most_likely_tokens() -> None:
         shares = torch.softmax(teacher[row], 0)
         for token in shares.argsort(descending=True)[:4]:
             expected -= shares[token].item() * torch.log_softmax(logits[row], 0)[token].item()
-    assert soft_cross_entropy_sum(logits, teacher, top=4).item() == pytest.approx(expected, rel=1e-5)
+    assert soft_cross_entropy_sum(logits, *likeliest(teacher, top=4)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_all_tokens_of_a_certain_teacher_are_the_plain_cross_entropy() -> None:
     logits, wanted = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 7, 3])
     certain = torch.full((4, 10), -1e4).scatter(1, wanted[:, None], 1e4)
     plain = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-    assert soft_cross_entropy_sum(logits, certain).item() == pytest.approx(plain.item(), rel=1e-6)
+    assert soft_cross_entropy_sum(logits, *likeliest(certain)).item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 @torch.no_grad()
