@@ -44,7 +44,7 @@ from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
 from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
-from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, injection
+from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, Received, RowPrefixes, injection
 from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
@@ -53,7 +53,7 @@ _NAME = "prefixkit"
 class MakesPrefix(Protocol):
     """A method: a module whose current parameters make what the model receives."""
 
-    def __call__(self) -> Injection: ...
+    def __call__(self) -> Received: ...
 
 
 class FixedPrefix(nn.Module):
@@ -130,19 +130,26 @@ class Attachment:
     def _before(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = inspect.signature(module.forward).parameters
         keywords = {**dict(zip(names, arguments, strict=False)), **keywords}
-        prefix = fold(self.model, self.method()) if self.method is not None else None
+        prefix = self._folded()
         tokens: Any = keywords.get("input_ids")
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
         if self.previous is None:
+            if isinstance(prefix, RowPrefixes):
+                raise one_for_all(self.model.config.model_type)
             if prefix is not None and prefix.length:
                 through_cache(self.model, prefix, tokens, keywords)
             return (), keywords
         _refuse_reentrant(self.model)
         index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
+        lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
         slots = self._slots(tokens, keywords)
-        keywords[KEYWORD] = Injected(keys=keys, values=values, slots=slots, query_index=index)
+        keywords[KEYWORD] = Injected(keys=keys, values=values, lengths=lengths, slots=slots, query_index=index)
         return (), keywords
+
+    def _folded(self) -> KeyValuePrefix | RowPrefixes | None:
+        received = self.method() if self.method is not None else None
+        return received if received is None or isinstance(received, RowPrefixes) else fold(self.model, received)
 
     def _slots(self, tokens: Any, keywords: dict[str, Any]) -> Tensor | None:
         """[batch, text]: `slots` for the text so far. What is written behind a prompt is none, in each of its beams."""
@@ -153,11 +160,12 @@ class Attachment:
         rows = self.slots.repeat_interleave(tokens.shape[0] // self.slots.shape[0], dim=0)
         return F.pad(rows, (0, text - rows.shape[1]), value=-1)
 
-    def _place(self, tokens: Any, prefix: KeyValuePrefix | None, keywords: dict[str, Any]) -> Tensor:
+    def _place(self, tokens: Any, prefix: KeyValuePrefix | RowPrefixes | None, keywords: dict[str, Any]) -> Tensor:
         """Give the text in `keywords` its positions, and say how many real tokens precede each of them."""
         given = keywords.get("position_ids") is not None
         index = query_index(tokens, keywords).clamp(min=0)
-        start = prefix.positions.text_start if prefix is not None else 0
+        start: Any = prefix.positions.text_start if isinstance(prefix, KeyValuePrefix) else 0
+        start = prefix.starts[:, None] if isinstance(prefix, RowPrefixes) else start
         keywords["position_ids"] = index + start + (0 if given else first_position(self.model))
         return index
 
@@ -179,6 +187,8 @@ class PairAttachment(Attachment):
     def _made(self) -> dict[Place, Injected]:
         _refuse_reentrant(self.model)
         received = self.method() if self.method is not None else None
+        if isinstance(received, RowPrefixes):
+            raise one_for_all(self.model.config.model_type)
         return placed(received if isinstance(received, KeyValuePrefixes) else None)
 
 
@@ -251,6 +261,12 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     delattr(model, _NAME)
     model.__dict__[ATTACHMENT].remove()
     return model
+
+
+def one_for_all(where: str) -> BackboneError:
+    """What is raised where rows cannot have a prefix each."""
+    found, step = "a prefix for each row", "give it one prefix at a time"
+    return BackboneError(where, expected="one prefix for all rows", found=found, next_step=step)
 
 
 def _refuse_unready(model: PreTrainedModel) -> None:

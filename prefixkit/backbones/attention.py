@@ -46,7 +46,9 @@ class Injected:
     """What the attention layers of one stack receive in one forward pass.
 
     Attributes:
-        keys, values: one tensor a layer, [kv_heads, prefix, head_dim]; empty without a prefix.
+        keys, values: one tensor a layer, [kv_heads, prefix, head_dim], or [batch, kv_heads, prefix, head_dim] where
+            each row has its own; empty without a prefix.
+        lengths: [batch], how many of the slots are a row's own; None where all are.
         slots: [batch, text], which of the keys and values stands at each token of the text so far, from 0; -1 at those
             that keep their own. None for keys and values before the text.
         query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
@@ -56,6 +58,7 @@ class Injected:
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
+    lengths: Tensor | None = None
     slots: Tensor | None = None
     query_index: Tensor | None = None
     seen: list[Seen] | None = None
@@ -198,10 +201,12 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
             return attention(module, query, key, value, attention_mask, **keywords)
         if attention_mask is None and causal and (query.shape[2] > 1 or window is not None):
             attention_mask = _causal(query, key)
+        if attention_mask is None and injected.lengths is not None:
+            attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         if attention_mask is not None:
             # A window in both directions is one of the text alone: its tokens all see the prefix.
             narrow = window if causal else None
-            attention_mask = _with_prefix_columns(attention_mask, injected.query_index, length, narrow)
+            attention_mask = _with_prefix_columns(attention_mask, injected, narrow)
         if keywords.get("position_bias") is not None:
             # T5 biases by distance, and a slot is at none.
             keywords["position_bias"] = F.pad(keywords["position_bias"], (length, 0))
@@ -220,7 +225,7 @@ for _previous, _attention in _ATTENTION.items():
 
 
 def _rows(prefix: Tensor, like: Tensor) -> Tensor:
-    """[kv_heads, prefix, head_dim] -> [batch, kv_heads, prefix, head_dim], in the dtype and on the device of `like`."""
+    """[batch, kv_heads, prefix, head_dim], in the dtype and on the device of `like`."""
     return prefix.to(like.device, like.dtype).expand(like.shape[0], -1, -1, -1)
 
 
@@ -234,14 +239,16 @@ def _with_slots(own: Tensor, given: Tensor, slots: Tensor) -> Tensor:
     return made
 
 
-def _with_prefix_columns(mask: Tensor, query_index: Tensor | None, length: int, window: int | None) -> Tensor:
-    if window is None:
-        return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    visible = _in_window(query_index, length, window)
+def _with_prefix_columns(mask: Tensor, injected: Injected, window: int | None) -> Tensor:
+    slots = torch.arange(injected.keys[0].shape[-2], device=mask.device)
+    if window is None and injected.lengths is None:
+        return F.pad(mask, (len(slots), 0), value=True if mask.dtype == torch.bool else 0.0)
+    own = len(slots) if injected.lengths is None else injected.lengths[:, None, None, None]
+    visible = slots < own if window is None else _in_window(injected.query_index, slots, own, window)
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], visible.shape[0])
-    return torch.cat([visible.expand(batch, *mask.shape[1:3], -1), mask.expand(batch, -1, -1, -1)], dim=-1)
+    return torch.cat([visible.expand(batch, -1, mask.shape[2], -1), mask.expand(batch, -1, -1, -1)], dim=-1)
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
@@ -249,9 +256,7 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
 
 
-def _in_window(query_index: Tensor | None, length: int, window: int) -> Tensor:
-    """[batch, 1, seq, prefix]: the slots within each query's window; slot j stands at j, token i at length + i."""
+def _in_window(query_index: Tensor | None, slots: Tensor, length: Tensor | int, window: int) -> Tensor:
+    """[batch, 1, seq, prefix]: a row's own slots in each query's window; slot j stands at j, token i at length + i."""
     assert query_index is not None
-    slots = torch.arange(length, device=query_index.device)
-    distance = length + query_index[:, None, :, None] - slots
-    return distance < window
+    return (slots < length) & (length + query_index[:, None, :, None] - slots < window)

@@ -18,7 +18,7 @@ from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.targets import Output, Targets
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
-from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
+from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, Received
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Backbone(ABC):
         """`received` with keys and values in the place of whatever has its own, for the same result."""
 
     @abstractmethod
-    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+    def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of the input's own tokens, after the last normalisation.
 
         Args:
@@ -128,13 +128,13 @@ class Backbone(ABC):
 
     @abstractmethod
     def target_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Received | None = None
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` that are not -100, row by row."""
 
     @contextmanager
     def targets(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Received | None = None
     ) -> Iterator[Targets]:
         """What `target_logits` are made of, for losses that need not see all of them at once.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attach import Attachment, FixedPrefix
+from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
 from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
@@ -27,6 +27,8 @@ from prefixkit.injections import (
     KeyValuePrefix,
     One,
     ParameterDelta,
+    Received,
+    RowPrefixes,
     TaskHead,
     joined,
     part_of,
@@ -68,7 +70,7 @@ class Decoder(Backbone):
         apart = isinstance(part, (ParameterDelta, TaskHead)) or in_slots(part) is not None
         return part if apart else fold(self.model, part)
 
-    def _text(self, ids: Tensor, received: Injection | None) -> dict[str, Tensor]:
+    def _text(self, ids: Tensor, received: Received | None) -> dict[str, Tensor]:
         """What the model is called with: `ids`, or their vectors with a prompt's in the slots."""
         prompt = in_slots(received)
         if prompt is not None:
@@ -101,16 +103,14 @@ class Decoder(Backbone):
             refuse_unplaceable(self.model, positions_of(received), received.length)
 
     @contextmanager
-    def injected(self, prefix: Injection | None, ids: Tensor) -> Iterator[PreTrainedModel]:
+    def injected(self, prefix: Received | None, ids: Tensor) -> Iterator[PreTrainedModel]:
         """The model with `prefix` in it for the length of a `with` block, in which it reads `ids` [batch, seq].
 
         Raises:
             MismatchError: another number of slots in a row than keys and values for them.
             BackboneError: keys and values in slots that the model cannot take.
         """
-        made = self.key_values(prefix)
-        slots = self._numbered(ids, made)
-        self._attachment.method, self._attachment.slots = None if made is None else FixedPrefix(made), slots
+        self._attachment.method, self._attachment.slots = self._method(prefix, ids)
         try:
             with changed(self.model, prefix):
                 yield self.model
@@ -124,6 +124,13 @@ class Decoder(Backbone):
         refuse_infix(self.model)
         return numbered(self.model, ids, infix.length)
 
+    def _method(self, received: Received | None, ids: Tensor) -> tuple[MakesPrefix | None, Tensor | None]:
+        """What the hooks ask for keys and values, and in which slots of `ids` these stand."""
+        if isinstance(received, RowPrefixes):
+            return (lambda: received), None
+        made = self.key_values(received)
+        return None if made is None else FixedPrefix(made), self._numbered(ids, made)
+
     def release(self) -> PreTrainedModel:
         """The model as `transformers` made it, without our hooks."""
         if "_attachment" in self.__dict__:
@@ -131,9 +138,7 @@ class Decoder(Backbone):
             del self.__dict__["_attachment"]
         return self.model
 
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Injection | None = None
-    ) -> Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Received | None = None) -> Tensor:
         """Next-token logits [batch, seq, vocab] of `input_ids` [batch, seq], each row as if it were alone.
 
         `attention_mask` [batch, seq] marks real tokens; padding may be on either side.
@@ -143,7 +148,7 @@ class Decoder(Backbone):
             logits: Tensor = model(**text, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
-    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+    def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], each row as if it were alone."""
         with self.injected(received, inputs["input_ids"]) as model:
             text = self._text(inputs["input_ids"], received)
@@ -152,14 +157,14 @@ class Decoder(Backbone):
         return states
 
     def logits_where(
-        self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Injection | None = None
+        self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Received | None = None
     ) -> Tensor:
         """Logits [chosen, vocab] at the positions where `chosen` [batch, seq] is True; no others are computed."""
         with self._logits_only_at(chosen):
             return self.logits(input_ids, attention_mask, prefix)[0]
 
     def target_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Received | None = None
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` [batch, seq] that are not -100.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixkit.errors import MismatchError
-from prefixkit.injections import Injection, ParameterDelta, part_of
+from prefixkit.injections import ParameterDelta, Received, part_of
 
 
 def named_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -37,7 +37,7 @@ def normalizations(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def changed(model: PreTrainedModel, received: Injection | None) -> Iterator[None]:
+def changed(model: PreTrainedModel, received: Received | None) -> Iterator[None]:
     """`model` with the deltas of `received` added to its parameters, with gradients into them.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attach import Attachment, FixedPrefix
+from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.encoder_layers import key_values_in
@@ -28,6 +28,8 @@ from prefixkit.injections import (
     Injection,
     KeyValuePrefix,
     One,
+    Received,
+    RowPrefixes,
     joined,
     part_of,
     parts_of,
@@ -107,16 +109,20 @@ class Encoder(Backbone):
             raise BackboneError(self.identity.family, expected=expected, found=f"text that starts at {found}")
 
     @contextmanager
-    def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:
+    def injected(self, received: Received | None) -> Iterator[PreTrainedModel]:
         """The model with the keys, values and deltas of `received` in it, for the length of a `with` block."""
-        folded = None if received is None else self.fold(received)
-        prefix = part_of(folded, KeyValuePrefix)
-        self._attachment.method = None if prefix is None else FixedPrefix(prefix)
+        self._attachment.method = self._method(received)
         try:
             with changed(self.model, received):
                 yield self.model
         finally:
             self._attachment.method = None
+
+    def _method(self, received: Received | None) -> MakesPrefix | None:
+        if isinstance(received, RowPrefixes):
+            return lambda: received
+        prefix = part_of(None if received is None else self.fold(received), KeyValuePrefix)
+        return None if prefix is None else FixedPrefix(prefix)
 
     def release(self) -> PreTrainedModel:
         """The model as `transformers` made it, without our hooks."""
@@ -125,7 +131,7 @@ class Encoder(Backbone):
             del self.__dict__["_attachment"]
         return self.model
 
-    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+    def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], padded on the right."""
         prompt = part_of(received, EmbeddingPrompt)
         with self._reading(inputs, received) as keywords:
@@ -133,7 +139,7 @@ class Encoder(Backbone):
         return without_rows(states, prompt)
 
     def target_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Received | None = None
     ) -> Tensor:
         """The logits [tokens, vocab] at the tokens of `labels` [batch, seq] that are not -100: the masked ones.
 
@@ -155,7 +161,7 @@ class Encoder(Backbone):
             raise BackboneError(self.folder, expected=expected, found="none in its weights", next_step=step)
 
     @contextmanager
-    def _reading(self, inputs: Mapping[str, Tensor], received: Injection | None) -> Iterator[dict[str, Any]]:
+    def _reading(self, inputs: Mapping[str, Tensor], received: Received | None) -> Iterator[dict[str, Any]]:
         """The model with `received` in it, and what to call it with."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         prompt, hidden = part_of(received, EmbeddingPrompt), _adding(received)
@@ -221,7 +227,7 @@ def with_rows(each: Tensor, prompt: EmbeddingPrompt | None, value: int = 0) -> T
     return torch.cat([each[:, :begin], rows, each[:, begin:]], dim=1)
 
 
-def _adding(received: Injection | None) -> HiddenPrompt | None:
+def _adding(received: Received | None) -> HiddenPrompt | None:
     prompt = part_of(received, HiddenPrompt)
     return prompt if prompt is not None and prompt.mode == "add" else None
 

@@ -13,13 +13,22 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from prefixkit.backbones.attach import one_for_all
 from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.pair import NO_POSITIONS as NO_POSITIONS
 from prefixkit.backbones.pair import refuse_positions
 from prefixkit.backbones.stacks import Stacks, placed
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import Positions
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, KeyValuePrefixes, part_of
+from prefixkit.injections import (
+    EmbeddingPrompt,
+    Injection,
+    KeyValuePrefix,
+    KeyValuePrefixes,
+    Received,
+    RowPrefixes,
+    part_of,
+)
 
 
 @dataclass
@@ -104,21 +113,23 @@ class EncoderDecoder(Backbone):
         assert isinstance(received, (KeyValuePrefixes, EmbeddingPrompt))
         return received
 
-    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+    def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """Refused: heads on encoder-decoders are not offered. Raises BackboneError."""
         step = "use a task whose answer is text"
         raise BackboneError(self.identity.family, expected="no head", found="one", next_step=step)
 
     @contextmanager
-    def injected(self, received: Injection | None) -> Iterator[PreTrainedModel]:
+    def injected(self, received: Received | None) -> Iterator[PreTrainedModel]:
         """The model with the prefixes of `received` in it, for the length of a `with` block."""
+        if isinstance(received, RowPrefixes):
+            raise one_for_all(self.identity.family)
         folded = None if received is None else self.fold(received)
         with self._stacks.receiving(placed(folded if isinstance(folded, KeyValuePrefixes) else None)) as model:
             yield model
 
     @contextmanager
     def _reading(
-        self, input_ids: Tensor, attention_mask: Tensor | None, received: Injection | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, received: Received | None
     ) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
         """The model with `received` in it, and the source to call it with, padded on the right."""
         with self.injected(received) as model:
@@ -144,7 +155,7 @@ class EncoderDecoder(Backbone):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         decoder_input_ids: Tensor,
-        prefix: Injection | None = None,
+        prefix: Received | None = None,
     ) -> Tensor:
         """Next-token logits [batch, target, vocab] of `decoder_input_ids` [batch, target], each row as if alone.
 
@@ -158,7 +169,7 @@ class EncoderDecoder(Backbone):
         return logits
 
     def target_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Injection | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, prefix: Received | None = None
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` [batch, target] that are not -100."""
         with self._logits_only_at(labels != -100):

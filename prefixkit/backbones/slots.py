@@ -8,17 +8,17 @@ from transformers import PreTrainedModel
 
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.injections import EmbeddingPrompt, Injection, KeyValuePrefix, part_of
+from prefixkit.injections import EmbeddingPrompt, KeyValuePrefix, Received, part_of
 from prefixkit.task import SLOT_ID
 
 
-def in_slots(received: Injection | None) -> EmbeddingPrompt | None:
+def in_slots(received: Received | None) -> EmbeddingPrompt | None:
     """The prompt of `received` that stands in slots; None where there is none."""
     prompt = part_of(received, EmbeddingPrompt)
     return prompt if prompt is not None and prompt.placement == "slots" else None
 
 
-def infix_of(received: Injection | None) -> KeyValuePrefix | None:
+def infix_of(received: Received | None) -> KeyValuePrefix | None:
     """The keys and values of `received` that stand in slots; None where there are none."""
     prefix = part_of(received, KeyValuePrefix)
     return prefix if prefix is not None and prefix.placement == "slots" else None

@@ -15,7 +15,7 @@ from prefixkit.backbones.encoder_layers import key_values_in
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.hidden import added
 from prefixkit.errors import BackboneError
-from prefixkit.injections import EmbeddingPrompt, HiddenPrompt, Injection, KeyValuePrefix, part_of
+from prefixkit.injections import EmbeddingPrompt, HiddenPrompt, KeyValuePrefix, Received, part_of
 
 
 @dataclass
@@ -36,7 +36,7 @@ class VisionEncoder(Encoder):
         height, width = _pair(self.model.config.patch_size)
         return height * width * int(self.model.config.num_channels)
 
-    def states(self, inputs: Mapping[str, Tensor], received: Injection | None = None) -> Tensor:
+    def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """The final states [batch, 1 + patches, hidden] of `pixel_values` [batch, channels, height, width]."""
         prompt, hidden = part_of(received, EmbeddingPrompt), part_of(received, HiddenPrompt)
         hidden = hidden if hidden is not None and hidden.mode == "add" else None

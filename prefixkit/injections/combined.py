@@ -9,6 +9,7 @@ from prefixkit.format.manifest import Positions
 from prefixkit.injections.key_value_prefix import KeyValuePrefix, KeyValuePrefixes
 from prefixkit.injections.parameters import ParameterDelta, TaskHead
 from prefixkit.injections.prompts import EmbeddingPrompt, HiddenPrompt
+from prefixkit.injections.rows import RowPrefixes
 from prefixkit.prefix import Array
 
 One = KeyValuePrefix | EmbeddingPrompt | HiddenPrompt | ParameterDelta | TaskHead
@@ -44,16 +45,18 @@ class Combined:
 
 Injection = KeyValuePrefix | KeyValuePrefixes | EmbeddingPrompt | HiddenPrompt | ParameterDelta | TaskHead | Combined
 """The union of injections that a method may return. It is closed: a new kind means a new version of the schema."""
+Received = Injection | RowPrefixes
+"""What a backbone may be handed."""
 
 
-def parts_of(received: Injection | None) -> tuple[One, ...]:
-    """`received` as single injections, in order."""
-    if received is None:
+def parts_of(received: Received | None) -> tuple[One, ...]:
+    """`received` as single injections, in order; the prefixes of rows are none."""
+    if received is None or isinstance(received, RowPrefixes):
         return ()
     return received.parts if isinstance(received, (Combined, KeyValuePrefixes)) else (received,)
 
 
-def part_of(received: Injection | None, kind: type[Kind]) -> Kind | None:
+def part_of(received: Received | None, kind: type[Kind]) -> Kind | None:
     """The part of that kind; None where there is none."""
     return next((part for part in parts_of(received) if isinstance(part, kind)), None)
 
