@@ -112,18 +112,7 @@ def run(
     Raises:
         ConfigError: the loss is no longer a number.
     """
-    evaluation = prepared.config.evaluation
-    every = evaluation.every or max(1, prepared.total_steps // 10)
-    while True:
-        finished = state.step == prepared.total_steps
-        if state.step != state.validated and (finished or state.step % every == 0):
-            validate(prepared, state, listener)
-            checkpoint.save(prepared, optimizer, state)
-        if evaluation.patience and state.stale >= evaluation.patience:
-            listener.on_message(f"stopped early at step {state.step}: {state.stale} validations without improvement")
-            return
-        if finished:
-            return
+    while not is_over(prepared, optimizer, state, listener):
         check()
         set_rates(optimizer, schedule(state.step, prepared))
         batch = prepared.batches.batch(state.step)
@@ -131,6 +120,20 @@ def run(
         state.step += 1
         _refuse_divergence(state)
         listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
+
+
+def is_over(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> bool:
+    """Whether a run has come to its end; validation and checkpoint, where they are due, come first."""
+    evaluation = prepared.config.evaluation
+    every = evaluation.every or max(1, prepared.total_steps // 10)
+    finished = state.step == prepared.total_steps
+    if state.step != state.validated and (finished or state.step % every == 0):
+        validate(prepared, state, listener)
+        checkpoint.save(prepared, optimizer, state)
+    if evaluation.patience and state.stale >= evaluation.patience:
+        listener.on_message(f"stopped early at step {state.step}: {state.stale} validations without improvement")
+        return True
+    return finished
 
 
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -161,14 +164,19 @@ def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Any, numbe
     total = prepared.objective(prepared.backbone, batch, prepared.method())
     how, tokens, examples = settings.loss, batch.target_tokens, batch.examples
     reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), settings.max_grad_norm)
+    update(prepared, optimizer, number)
+    return float(total.item() / tokens)
+
+
+def update(prepared: Prepared, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Let the optimizer follow the gradients of step `number`, clipped, and forget them."""
+    torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), prepared.config.optimizer.max_grad_norm)
     if isinstance(optimizer, HotFlip):
         following = prepared.batches.batch(number + 1)
         optimizer.step(lambda: _loss(prepared, following))
     else:
         optimizer.step()
     optimizer.zero_grad()
-    return float(total.item() / tokens)
 
 
 @torch.no_grad()

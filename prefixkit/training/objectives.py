@@ -79,12 +79,17 @@ def _targets(backbone: Backbone, batch: Batch, received: Injection | None) -> Ab
 
 def cross_entropy_sum(logits: Tensor, wanted: Tensor) -> Tensor:
     """Summed negative log-likelihood in nats of the tokens `wanted` [tokens], given `logits` [tokens, vocab]."""
-    return F.cross_entropy(logits.float(), wanted, reduction="sum")
+    return F.cross_entropy(exact(logits), wanted, reduction="sum")
+
+
+def exact(logits: Tensor) -> Tensor:
+    """In float32, or in float64 where they are that."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def likeliest(logits: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:
     """The `top` most likely tokens under `logits` [tokens, vocab]: their shares of the whole, and which they are."""
-    shares, tokens = torch.softmax(logits.float(), dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+    shares, tokens = torch.softmax(exact(logits), dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
     return shares, tokens
 
 
@@ -95,7 +100,7 @@ def soft_cross_entropy_sum(logits: Tensor, shares: Tensor, tokens: Tensor) -> Te
         logits: [tokens, vocab].
         shares, tokens: [tokens, top], what `likeliest` makes of the teacher's logits.
     """
-    return -(shares * torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens)).sum()
+    return -(shares * torch.log_softmax(exact(logits), dim=-1).gather(-1, tokens)).sum()
 
 
 def reduced(total: Tensor, *, how: str, tokens: int, examples: int) -> Tensor:

@@ -1,0 +1,91 @@
+"""Several runs in the same passes: each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixkit.backbones.load import load_backbone
+from prefixkit.training import loop, side_by_side
+from prefixkit.training.checkpoint import State
+from prefixkit.training.preparation import prepare
+from tests.training.test_loop import settings
+
+Folder = Callable[..., Path]
+RUNS: tuple[dict[str, Any], ...] = (
+    {},
+    {"seed": 1, "batch_size": 5},
+    {"method": {"length": 7}, "optimizer": {"lr": 0.03, "loss": "sum"}},
+    {"method": {"name": "prompt-tuning", "length": 3}},
+    {"method": {"length": 4, "reparameterization": "mlp", "bottleneck": 16}, "optimizer": {"lr": 0.01}},
+    {"method": {"length": 4, "positions": "none"}, "optimizer": {"lr": 0.1, "warmup_steps": 2}},
+)
+
+
+def runs(folder: Path, records: Path, tmp_path: Path, *, dtype: torch.dtype = torch.float64) -> list[side_by_side.Run]:
+    backbone = load_backbone(str(folder))
+    backbone.model.to(dtype)
+    made = []
+    for number, changes in enumerate(RUNS):
+        prepared = prepare(settings(folder, records, tmp_path / f"{number}", **changes), backbone)
+        prepared.method.to(dtype)
+        made.append(side_by_side.Run(prepared, loop.make_optimizer(prepared), State()))
+    return made
+
+
+def parameters(run: side_by_side.Run) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.prepared.method.parameters()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradients_equal_those_of_separate_runs(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    together, apart = (runs(backbone_folder(family), records, tmp_path) for _ in range(2))
+    found, expected = [], []
+    keep: list[Any] = []
+    monkeypatch.setattr(loop, "update", lambda prepared, optimizer, number: keep.append(_gradients(prepared)))
+    monkeypatch.setattr(side_by_side, "PASS", 8)
+    told = side_by_side.step(together)
+    found, keep[:] = list(keep), []
+    for run, step in zip(apart, told, strict=True):
+        batch = run.prepared.batches.batch(0)
+        loss = loop.step(run.prepared, run.optimizer, batch, 0)
+        assert step.loss == pytest.approx(loss, rel=1e-10)
+        assert step.tokens == batch.tokens
+    expected = keep
+    assert len(found) == len(expected) == len(RUNS)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).abs().max() <= 1e-10
+        assert max(one.abs().max() for one in theirs) > 1e-4
+
+
+def _gradients(prepared: Any) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in prepared.method.parameters()]
+
+
+def test_steps_equal_those_of_separate_runs(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    together, apart = (runs(backbone_folder("gpt2"), records, tmp_path) for _ in range(2))
+    start = [parameters(run) for run in apart]
+    for number in range(4):
+        side_by_side.step(together)
+        for run in apart:
+            loop.set_rates(run.optimizer, loop.schedule(number, run.prepared))
+            loop.step(run.prepared, run.optimizer, run.prepared.batches.batch(number), number)
+    for one, other, before in zip(together, apart, start, strict=True):
+        assert one.state.step == 4
+        for ours, theirs, begin in zip(parameters(one), parameters(other), before, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-8
+            assert begin.numel() == 1 or (ours - begin).abs().max() > 1e-3
+
+
+def test_rows_of_like_length_stand_together_and_none_is_lost() -> None:
+    rows = [(index % 3, "x" * length) for index, length in enumerate([5, 40, 6, 41, 7] * 8)]
+    groups = list(side_by_side.alike(rows))
+    assert sorted(row for group in groups for row in group) == sorted(rows)
+    assert [(len(group[0][1]), len(group[-1][1])) for group in groups] == [(5, 7), (40, 41)]
