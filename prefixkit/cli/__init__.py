@@ -20,7 +20,7 @@ from prefixkit.cli.printable import printable
 from prefixkit.errors import InputError, PrefixkitError
 
 COMMANDS = (
-    *("quickstart", "train", "self-study", "capture"),
+    *("quickstart", "train", "sweep", "self-study", "capture"),
     *("inspect", "export", "import", "generate", "eval", "label-words", "methods"),
 )
 """In the order of the help; each is a module of this package with `register(app)`, named with `_` for `-` and after

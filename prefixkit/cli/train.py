@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prefixkit.cli import run_options as options
 from prefixkit.errors import ConfigError
-
-_SECTIONS = {
-    "backbone": "backbone",
-    "data": "data",
-    "eval_data": "eval_data",
-    "output": "output",
-    "task": "task",
-    "steps": "steps",
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "seed": "seed",
-    "device": "device",
-    "dtype": "dtype",
-    "method": "method.name",
-    "length": "method.length",
-    "init": "method.init",
-    "lr": "optimizer.lr",
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -35,33 +17,28 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the frozen model.")] = None,
-    method: Annotated[str | None, typer.Option(help="What to train; `prefixkit methods` lists them.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training examples: JSONL or E2E lines.")] = None,
+    backbone: options.Backbone = None,
+    method: options.Method = None,
+    data: options.Data = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The prefix file to write.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Validation examples; the best validation is kept.")] = None,
-    task: Annotated[str | None, typer.Option(help="text, continuation, e2e, chat or a TOML file.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Prefix slots or prompt vectors; of a task with {slot}, as many as it has. [16]")
-    ] = None,
-    init: Annotated[
-        str | None, typer.Option(help="The start; `prefixkit methods` lists each method's. [its first]")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="0 writes the initial prefix. [one epoch, at least 500]")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of --steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [the method's own]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step. [16]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal files. [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What the backbone computes in. [float32]")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings from a TOML file; flags override it.")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as a.b=c. Repeatable.")] = None,
+    eval_data: options.EvalData = None,
+    task: options.Task = None,
+    length: options.Length = None,
+    init: options.Init = None,
+    steps: options.Steps = None,
+    epochs: options.Epochs = None,
+    lr: options.Rate = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    config: options.Config = None,
+    assignments: options.Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a prefix against a frozen backbone and write it as one file."""
-    given = {name: value for name, value in locals().items() if name in _SECTIONS and value is not None}
-    settings = _settings(config, given, assignments or [])
+    settings = options.settings_of(config, locals(), assignments)
     from prefixkit.cli.training_display import TrainingDisplay, quiet_transformers
     from prefixkit.training.config import from_mapping
     from prefixkit.training.loop import train as run
@@ -95,23 +72,6 @@ def _train_several(settings: dict[str, Any], where: str, resume: bool, as_json: 
             written = train_together(shared, tasks, display)
     for output, prefix in zip(outputs, written, strict=True):
         _print_result(output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
-
-
-def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    from prefixkit.training.config import override, read_toml
-
-    settings = read_toml(config) if config is not None else {}
-    for name, value in given.items():
-        *sections, key = _SECTIONS[name].split(".")
-        inside = settings
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        if not isinstance(inside, dict):
-            raise ConfigError(str(config), expected=f"a section [{sections[0]}]", found="a single value")
-        inside[key] = value
-    for assignment in assignments:
-        override(settings, assignment)
-    return settings
 
 
 def _print_result(output: str, metrics: dict[str, float], content: str | None, as_json: bool) -> None:

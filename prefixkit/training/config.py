@@ -159,20 +159,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(path, expected="a TOML file", found=str(error)) from error
 
 
-def override(settings: dict[str, Any], assignment: str) -> None:
+def assign(settings: dict[str, Any], assignment: str) -> None:
     """Apply one `a.b=c` to nested `settings`, in place; the value is read as TOML, or else taken as a string."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError("--set", expected="KEY=VALUE such as optimizer.lr=0.01", found=assignment)
-    *sections, name = key.strip().split(".")
+    override(settings, key.strip(), toml_value(text.strip()))
+
+
+def override(settings: dict[str, Any], key: str, value: Any, where: str = "--set") -> None:
+    """Give `a.b` in nested `settings` a value, in place. Raises ConfigError, at `where`, for a value with sections."""
+    *sections, name = key.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
-            raise ConfigError("--set", expected=f"a section named {section}", found="a single value")
-    settings[name] = _toml_value(text.strip())
+            raise ConfigError(where, expected=f"a section named {section}", found="a single value")
+    settings[name] = value
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """What `text` means in TOML, or else itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

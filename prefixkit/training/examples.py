@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.answered import COLLATE, encode_answered, read_answered
@@ -13,10 +13,49 @@ from prefixkit.data.batches import Collate, collate, collate_pairs, encode_examp
 from prefixkit.data.images import collate_images, encode_images, read_images
 from prefixkit.data.labelled import labels_in
 from prefixkit.data.masked import collate_masked, encode_masked
-from prefixkit.data.readers import read_examples
+from prefixkit.data.readers import data_hash, read_examples
 from prefixkit.errors import DataError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.task import ModelTokenizer, input_fields
+
+Made = TypeVar("Made")
+
+
+class Data:
+    """Data that is read and encoded once, for however many runs of one backbone want it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Any] = {}
+        self._examples: list[Any] = []
+
+    def read(self, path: str, task: TaskRecord, limit: int | None = None) -> list[Any]:
+        """The examples of a file, or at most `limit` of them, evenly through it. Raises DataError."""
+
+        def make() -> list[Any]:
+            examples = read(path, task)
+            # The references of one input often stand together.
+            chosen = examples if limit is None else examples[:: -(-len(examples) // limit)]
+            # Below, a list stands for its contents: none may be forgotten, and its place taken by another.
+            self._examples.append(chosen)
+            return chosen
+
+        return self._once("read", f"{path} {limit} {task}", make)
+
+    def encode(
+        self, task: TaskRecord, tokenizer: ModelTokenizer | None, backbone: Backbone, examples: Sequence[Any]
+    ) -> list[Any]:
+        """Each of `examples`, which `read` gave, as numbers. Raises DataError."""
+        return self._once("encode", f"{id(examples)} {task}", lambda: encode(task, tokenizer, backbone, examples))
+
+    def hash(self, examples: Sequence[Any]) -> str:
+        """The `data_hash` of `examples`, which `read` gave."""
+        return self._once("hash", str(id(examples)), lambda: data_hash(examples))
+
+    def _once(self, what: str, key: str, make: Callable[[], Made]) -> Made:
+        if (what, key) not in self._known:
+            self._known[what, key] = make()
+        made: Made = self._known[what, key]
+        return made
 
 
 def read(path: str | Path, task: TaskRecord) -> list[Any]:

@@ -114,12 +114,9 @@ def run(
     """
     while not is_over(prepared, optimizer, state, listener):
         check()
-        set_rates(optimizer, schedule(state.step, prepared))
-        batch = prepared.batches.batch(state.step)
-        state.last_loss = step(prepared, optimizer, batch, state.step)
-        state.step += 1
-        _refuse_divergence(state)
-        listener.on_step(Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens))
+        done = advance(prepared, optimizer, state)
+        refuse_divergence(state)
+        listener.on_step(done)
 
 
 def is_over(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> bool:
@@ -142,7 +139,17 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group.get("peak", optimizer.defaults["lr"]) * share
 
 
-def _refuse_divergence(state: State) -> None:
+def advance(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) -> Step:
+    """Do the step that is next."""
+    set_rates(optimizer, schedule(state.step, prepared))
+    batch = prepared.batches.batch(state.step)
+    state.last_loss = step(prepared, optimizer, batch, state.step)
+    state.step += 1
+    return Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens)
+
+
+def refuse_divergence(state: State) -> None:
+    """Raise ConfigError where the loss is no longer a number."""
     if not math.isfinite(state.last_loss):
         found = f"{state.last_loss} at step {state.step}"
         raise ConfigError("training", expected="a finite loss", found=found, next_step="lower --lr")

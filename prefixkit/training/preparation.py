@@ -13,7 +13,6 @@ from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
 from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
-from prefixkit.data.readers import data_hash
 from prefixkit.errors import ConfigError
 from prefixkit.format.consistency import ends_in_slot
 from prefixkit.format.manifest import TaskRecord
@@ -23,7 +22,7 @@ from prefixkit.methods.method import Method
 from prefixkit.prefix import Prefix
 from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer, slots_of
 from prefixkit.training.config import TrainConfig, files_of
-from prefixkit.training.examples import collate_for, encode, read, with_labels
+from prefixkit.training.examples import Data, collate_for, with_labels
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
@@ -63,32 +62,34 @@ class Prepared:
     parents: tuple[str, ...]
 
 
-def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
+def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None) -> Prepared:
     """Load and check everything before the first step.
 
     Args:
         backbone: the one that `config` names, where it is loaded already.
+        data: what other runs of the backbone have read already.
 
     Raises:
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
     check_output(config.output, files_of(config), config.backbone)
+    data = data or Data()
     torch.manual_seed(config.seed)
     backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
     config = _in_slots(config, task)
-    examples = read(config.data, task)
+    examples = data.read(config.data, task)
     task = with_labels(task, examples, config.data)
-    encoded = encode(task, tokenizer, backbone, examples)
-    held_out = _held_out(config, task)
+    encoded = data.encode(task, tokenizer, backbone, examples)
+    held_out = _held_out(config, task, data)
     parents: list[Prefix] = []
     material = material_for(config, backbone, task, tokenizer, encoded, parents)
     method = method_for(config, backbone, task, material, parents)
     teacher = backbone.fold(method.teacher) if method.teacher is not None else None
     if (left := backbone.room_behind(teacher or method())) is not None and left < task.max_length:
         task = replace(task, max_length=left)
-        encoded = encode(task, tokenizer, backbone, examples)
+        encoded = data.encode(task, tokenizer, backbone, examples)
     collate = collate_for(task, backbone)
     batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, collate=collate)
     return Prepared(
@@ -98,11 +99,11 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None) -> Prepared:
         method=method,
         objective=_objective(config, backbone, task, material.labels, teacher, method.top),
         batches=batches,
-        validation=encode(task, tokenizer, backbone, held_out),
+        validation=data.encode(task, tokenizer, backbone, held_out) if held_out else [],
         held_out=held_out,
         total_steps=_total_steps(config, batches.steps_per_epoch),
-        data_hash=data_hash(examples),
-        validation_hash=data_hash(held_out) if held_out else None,
+        data_hash=data.hash(examples),
+        validation_hash=data.hash(held_out) if held_out else None,
         start_digest=memory_digest(method),
         parents=tuple(parent.manifest.content or "" for parent in parents),
     )
@@ -216,15 +217,13 @@ def room_for_text(backbone: Backbone, length: int) -> int:
     return room if room is not None else 2048
 
 
-def _held_out(config: TrainConfig, task: TaskRecord) -> list[Any]:
+def _held_out(config: TrainConfig, task: TaskRecord, data: Data) -> list[Any]:
     if config.evaluation.metric == "score" and (task.answer is None or config.eval_data is None):
         found = "a task answered in words" if task.answer is None else "no --eval-data"
         raise ConfigError("evaluation.metric", expected="a head's answers to score", found=found, next_step="use loss")
     if config.eval_data is None:
         return []
-    examples = read(config.eval_data, task)
-    # Evenly through the file: the references of one input often stand together.
-    return examples[:: -(-len(examples) // config.evaluation.limit)]
+    return data.read(config.eval_data, task, config.evaluation.limit)
 
 
 def _resolved(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixkit.errors import ConfigError
-from prefixkit.training.config import TrainConfig, from_mapping, override, read_toml, recorded
+from prefixkit.training.config import TrainConfig, assign, from_mapping, read_toml, recorded
 
 LEAST = {"backbone": "model", "data": "train.jsonl", "output": "out.safetensors"}
 
@@ -37,7 +37,7 @@ def test_sections_come_from_toml(tmp_path: Path) -> None:
 )
 def test_set_reads_toml_values(assignment: str, expected: dict[str, Any]) -> None:
     settings: dict[str, Any] = {}
-    override(settings, assignment)
+    assign(settings, assignment)
     assert settings == expected
 
 
@@ -91,7 +91,7 @@ def test_missing_settings_are_named() -> None:
 @pytest.mark.parametrize("assignment", ["lr", "=3", "steps.a=1"])
 def test_wrong_assignments_are_named(assignment: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
-        override({"steps": 3}, assignment)
+        assign({"steps": 3}, assignment)
 
 
 def test_provenance_holds_no_path() -> None:

@@ -1,0 +1,208 @@
+"""A sweep: every combination of some settings, trained against one backbone, side by side where their rows can be.
+
+Each trial is what a run of its own would be, with its own batches, optimizer state and schedule. With halving (Jamieson
+and Talwalkar 2016, arXiv 1502.07943) the worse half is dropped at each of several rungs, and its share of the batch
+goes to the better one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefixkit.backbones.identity import memory_digest
+from prefixkit.backbones.load import load_backbone
+from prefixkit.errors import ConfigError, PrefixkitError
+from prefixkit.training import checkpoint, loop, side_by_side, trials
+from prefixkit.training.config import TrainConfig
+from prefixkit.training.examples import Data
+from prefixkit.training.grid import configs, points
+from prefixkit.training.interruption import AtOnce, between_steps
+from prefixkit.training.preparation import device
+from prefixkit.training.progress import Listener, Silence
+from prefixkit.training.trials import Hearing, Trial
+
+BEST = "best.safetensors"
+
+
+class SweepListener(Listener, Protocol):
+    """Whoever wants to know how the trials stand."""
+
+    def on_trials(self, trials: Sequence[Trial], tokens: int) -> None:
+        """After every step of all of them, which read so many real tokens."""
+
+
+class Quiet(Silence):
+    """A listener that ignores everything."""
+
+    def on_trials(self, trials: Sequence[Trial], tokens: int) -> None:
+        """Ignore it."""
+
+
+def sweep(
+    settings: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    output: str | Path,
+    *,
+    halving: bool = False,
+    resume: bool = False,
+    listener: SweepListener | None = None,
+) -> list[Trial]:
+    """Train every combination of `grid` over `settings`; the folder `output` gets a file each, and the best once more.
+
+    Ctrl-C keeps what was done, for `resume`.
+
+    Args:
+        settings: of a run, nested, without an output.
+        grid: the values of each key, such as `optimizer.lr`.
+
+    Returns:
+        The trials as they ended.
+
+    Raises:
+        InputError: whatever is wrong with the settings, the data or the folder.
+        PrefixkitError: the frozen backbone changed.
+    """
+    folder, listener = _folder(Path(output), resume), listener or Quiet()
+    found = _begin(configs(settings, grid, folder), grid, listener)
+    if halving:
+        _refuse_unequal(found)
+    if resume:
+        for trial, known in zip(found, trials.read(folder, grid), strict=True):
+            trials.resume(trial, known)
+    model = found[0].prepared.backbone.model
+    frozen = memory_digest(model)
+    try:
+        with between_steps(listener.on_message) as check:
+            _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
+    except AtOnce:
+        raise
+    except KeyboardInterrupt:
+        for trial in _running(found):
+            checkpoint.save(trial.prepared, trial.optimizer, trial.state)
+        trials.write(folder, grid, found)
+        listener.on_message(f"stopped; --resume goes on from {folder}")
+        raise
+    if memory_digest(model) != frozen:
+        raise PrefixkitError(model.config.model_type, expected="frozen weights", found="weights that changed")
+    _keep_best(folder, found)
+    return found
+
+
+def best_of(found: Sequence[Trial]) -> Trial | None:
+    """The trial of the best validation; None where all diverged."""
+    ended = [trial for trial in found if trial.status == "finished"]
+    return min(ended, key=lambda trial: trial.score, default=None)
+
+
+def _folder(path: Path, resume: bool) -> Path:
+    if (path / trials.RESULTS).exists() and not resume:
+        step = "use --resume to go on with it, or another folder"
+        raise ConfigError(path, expected="a new folder", found="an earlier sweep", next_step=step)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(path, expected="a folder that can be made", found=error.strerror or str(error)) from error
+    return path
+
+
+def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], listener: Listener) -> list[Trial]:
+    first, data = made[0], Data()
+    backbone = load_backbone(first.backbone, device=device(first.device), dtype=first.dtype)
+    found = []
+    for number, (point, config) in enumerate(zip(points(grid), made, strict=True)):
+        found.append(trials.begin(number, point, config, backbone, data))
+    alone = [trial.number for trial in found if not trial.shares]
+    if alone:
+        told = "all trials" if len(alone) == len(found) else f"trials {', '.join(map(str, alone))}"
+        listener.on_message(f"{told}: computed one after the other, not side by side (no keys and values for text)")
+    return found
+
+
+def _refuse_unequal(found: Sequence[Trial]) -> None:
+    lengths = {trial.prepared.total_steps for trial in found}
+    if len(lengths) > 1:
+        expected, step = "trials of equally many steps to halve", "set --steps, or leave --halving out"
+        raise ConfigError("--halving", expected=expected, found=f"{sorted(lengths)}", next_step=step)
+
+
+def _running(found: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in found if trial.status == "running"]
+
+
+def _run(
+    found: Sequence[Trial], halving: bool, listener: SweepListener, check: Callable[[], None], keep: Callable[[], None]
+) -> None:
+    """Step all trials together until each has come to its end; `keep` is called whenever one has."""
+    keep()
+    while True:
+        if halving:
+            _halve(found, keep)
+        for trial in _running(found):
+            if loop.is_over(trial.prepared, trial.optimizer, trial.state, Hearing(trial, listener)):
+                trial.finish("finished")
+                keep()
+        if not (live := _running(found)):
+            return
+        check()
+        tokens = _step(live)
+        for trial in live:
+            _refuse_divergence(trial, listener)
+        listener.on_trials(found, tokens)
+
+
+def _step(live: Sequence[Trial]) -> int:
+    """One step of every trial; gives the number of real tokens that were read."""
+    together = [trial for trial in live if trial.shares]
+    tokens = sum(step.tokens for step in side_by_side.step(together)) if together else 0
+    for trial in live:
+        if not trial.shares:
+            tokens += loop.advance(trial.prepared, trial.optimizer, trial.state).tokens
+    return tokens
+
+
+def _refuse_divergence(trial: Trial, listener: Listener) -> None:
+    try:
+        loop.refuse_divergence(trial.state)
+    except ConfigError as error:
+        trial.status = "diverged"
+        checkpoint.path_of(trial.prepared.config.output).unlink(missing_ok=True)
+        listener.on_message(f"trial {trial.number} diverged: {error}")
+
+
+def rungs(count: int, steps: int) -> list[int]:
+    """The steps at which `count` trials of `steps` are halved, until one is left: evenly through the run."""
+    times = max(0, (count - 1).bit_length())
+    return [steps * rung // (times + 1) for rung in range(1, times + 1)]
+
+
+def _halve(found: Sequence[Trial], keep: Callable[[], None]) -> None:
+    """At a rung, drop the worse half of the trials that are left, and give its share to the others."""
+    live = _running(found)
+    if len(live) < 2:
+        return
+    reached = rungs(len(found), live[0].prepared.total_steps)
+    passed = max(trial.doublings for trial in live)
+    if passed >= len(reached) or live[0].state.step < reached[passed]:
+        return
+    for trial in live:
+        if trial.state.validated != trial.state.step:
+            loop.validate(trial.prepared, trial.state, Silence())
+    ranked = sorted(live, key=lambda trial: trial.score)
+    kept = -(-len(ranked) // 2)
+    for trial in ranked[kept:]:
+        trial.finish("dropped")
+    for trial in ranked[:kept]:
+        trial.double()
+        checkpoint.save(trial.prepared, trial.optimizer, trial.state)
+    keep()
+
+
+def _keep_best(folder: Path, found: Sequence[Trial]) -> None:
+    best = best_of(found)
+    if best is not None:
+        temporary = folder / f".{BEST}.tmp"
+        shutil.copyfile(best.prepared.config.output, temporary)
+        temporary.replace(folder / BEST)

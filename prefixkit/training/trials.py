@@ -1,0 +1,149 @@
+"""The runs of a sweep, and the file that says how each of them stands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixkit.backbones.backbone import Backbone
+from prefixkit.data.batches import TrainingBatches
+from prefixkit.errors import ConfigError
+from prefixkit.format.atomic import write_bytes
+from prefixkit.prefix import load, save
+from prefixkit.training import checkpoint, loop
+from prefixkit.training.checkpoint import State
+from prefixkit.training.config import TrainConfig
+from prefixkit.training.examples import Data
+from prefixkit.training.grid import Point
+from prefixkit.training.preparation import prepare
+from prefixkit.training.progress import Listener, Silence, Validation
+from prefixkit.training.side_by_side import Run, can_share
+
+RESULTS = "sweep.json"
+
+
+@dataclass
+class Trial(Run):
+    """One run of a sweep.
+
+    Attributes:
+        number: its place in the grid.
+        point: the settings that are its own.
+        shares: whether its rows are computed beside those of other trials.
+        status: `running`, `finished`, `diverged`, or `dropped` by halving.
+        doublings: how often it was given the share of a dropped one.
+    """
+
+    number: int
+    point: Point
+    shares: bool
+    status: str = "running"
+    doublings: int = 0
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """The lower the better: of the best validation, its accuracy or F1 where that decides, then its loss."""
+        return (math.inf, math.inf) if self.status == "diverged" else (-self.state.best_score, self.state.best_loss)
+
+    def double(self) -> None:
+        """Give each of its steps twice the examples from here on."""
+        config, batches = self.prepared.config, self.prepared.batches
+        size = 2 * batches.batch_size
+        self.prepared.batches = TrainingBatches(
+            batches.examples, batch_size=size, seed=config.seed, collate=batches.collate
+        )
+        self.doublings += 1
+
+    def record(self) -> dict[str, Any]:
+        """What the file of results says of it."""
+        state, known = self.state, math.isfinite(self.state.best_loss)
+        scored = self.prepared.config.evaluation.metric == "score"
+        return {
+            "trial": self.number,
+            "settings": dict(self.point),
+            "status": self.status,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "validation_loss": state.best_loss if known else None,
+            **({"validation_score": state.best_score} if scored else {}),
+            "doublings": self.doublings,
+            "output": Path(self.prepared.config.output).name if self.status in ("finished", "dropped") else None,
+        }
+
+    def finish(self, status: str) -> None:
+        """Write its prefix, and forget the state that it would have gone on from."""
+        self.status = status
+        save(loop.result(self.prepared, self.state), self.prepared.config.output)
+        checkpoint.path_of(self.prepared.config.output).unlink(missing_ok=True)
+
+
+class Hearing(Silence):
+    """Passes on what one trial says of itself, with its number."""
+
+    def __init__(self, trial: Trial, listener: Listener) -> None:
+        self.trial, self.listener = trial, listener
+
+    def on_validation(self, validation: Validation) -> None:
+        """Nothing: the table shows it."""
+
+    def on_message(self, message: str) -> None:
+        """A sentence for the user."""
+        self.listener.on_message(f"trial {self.trial.number}: {message}")
+
+
+def begin(number: int, point: Point, config: TrainConfig, backbone: Backbone, data: Data) -> Trial:
+    """A trial before its first step. Raises InputError for whatever is wrong with its settings."""
+    prepared = prepare(config, backbone, data)
+    return Trial(prepared, loop.make_optimizer(prepared), State(), number, point, can_share(prepared))
+
+
+def resume(trial: Trial, known: Mapping[str, Any]) -> None:
+    """Put `trial` back where the file of results, its own file and its checkpoint left it."""
+    config = trial.prepared.config
+    trial.status = known["status"]
+    for _ in range(known["doublings"]):
+        trial.double()
+    if trial.status == "running" and checkpoint.path_of(config.output).exists():
+        trial.state = checkpoint.restore(trial.prepared, trial.optimizer)
+        return
+    if trial.status in ("finished", "dropped"):
+        metrics = load(config.output).manifest.provenance.metrics
+        loss, score = metrics.get("validation_loss", math.inf), metrics.get("validation_score", 0.0)
+        step = int(metrics.get("steps", known["best_step"]))
+        trial.state = State(step=known["steps"], best_loss=loss, best_score=score, best_step=step)
+
+
+def write(folder: Path, grid: Mapping[str, Sequence[Any]], trials: Sequence[Trial]) -> None:
+    """Write the file of results; the best of the trials that ended is named."""
+    ended = [trial for trial in trials if trial.status == "finished"]
+    best = min(ended, key=lambda trial: trial.score, default=None)
+    stored = {
+        "version": 1,
+        "grid": {key: list(values) for key, values in grid.items()},
+        "best": None if best is None else best.number,
+        "trials": [trial.record() for trial in trials],
+    }
+    write_bytes(folder / RESULTS, (json.dumps(stored, indent=1) + "\n").encode())
+
+
+def read(folder: Path, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """How the trials of an earlier sweep stand.
+
+    Raises:
+        ConfigError: no file of results, an unreadable one, or one of another grid.
+    """
+    path, step = folder / RESULTS, "start without --resume"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        trials: list[dict[str, Any]] = stored["trials"]
+    except FileNotFoundError as error:
+        raise ConfigError(path, expected="a sweep to resume", found="none", next_step=step) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(path, expected="the results of a sweep", found=str(error), next_step=step) from error
+    if stored["grid"] != {key: list(values) for key, values in grid.items()}:
+        raise ConfigError(path, expected=f"the grid {stored['grid']}", found=str(dict(grid)), next_step=step)
+    return trials
