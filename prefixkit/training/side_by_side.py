@@ -49,7 +49,8 @@ def can_share(prepared: Prepared) -> bool:
         return False
     if isinstance(prepared.method, AutoPrompt):
         return False
-    return isinstance(prepared.backbone.fold(prepared.method()), KeyValuePrefix)
+    received = prepared.backbone.fold(prepared.method())
+    return isinstance(received, KeyValuePrefix) and received.placement == "prepend"
 
 
 def step(runs: Sequence[Run]) -> list[Step]:
