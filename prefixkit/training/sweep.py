@@ -8,13 +8,14 @@ goes to the better one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
-from prefixkit.errors import ConfigError, PrefixkitError
+from prefixkit.errors import ConfigError, InputError, PrefixkitError
 from prefixkit.training import checkpoint, loop, side_by_side, trials
 from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data
@@ -65,10 +66,12 @@ def sweep(
         InputError: whatever is wrong with the settings, the data or the folder.
         PrefixkitError: the frozen backbone changed.
     """
-    folder, listener = _folder(Path(output), resume), listener or Quiet()
-    found = _begin(configs(settings, grid, folder), grid, listener)
-    if halving:
-        _refuse_unequal(found)
+    folder, listener = Path(output), listener or Quiet()
+    made = configs(settings, grid, folder)
+    with _folder(folder, resume):
+        found = _begin(made, grid, listener)
+        if halving:
+            _refuse_unequal(found)
     if resume:
         for trial, known in zip(found, trials.read(folder, grid), strict=True):
             trials.resume(trial, known)
@@ -97,15 +100,23 @@ def best_of(found: Sequence[Trial]) -> Trial | None:
     return min(ended, key=lambda trial: trial.score, default=None)
 
 
-def _folder(path: Path, resume: bool) -> Path:
+@contextmanager
+def _folder(path: Path, resume: bool) -> Iterator[None]:
+    """The folder at `path` from here on, unless what is done in the `with` block fails. Raises ConfigError."""
     if (path / trials.RESULTS).exists() and not resume:
         step = "use --resume to go on with it, or another folder"
         raise ConfigError(path, expected="a new folder", found="an earlier sweep", next_step=step)
     try:
+        new = not path.exists()
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(path, expected="a folder that can be made", found=error.strerror or str(error)) from error
-    return path
+    try:
+        yield
+    except InputError:
+        if new:
+            path.rmdir()
+        raise
 
 
 def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], listener: Listener) -> list[Trial]:

@@ -150,6 +150,7 @@ def test_what_cannot_be_swept_is_refused(asked: dict[str, Any], tmp_path: Path) 
         sweep(asked, {"steps": [12, 20]}, tmp_path / "b", halving=True)
     with pytest.raises(ConfigError, match="expected a sweep to resume; found none"):
         sweep(asked, GRID, tmp_path / "c", resume=True)
+    assert not any((tmp_path / name).exists() for name in "abc")
     sweep({**asked, "steps": 1}, {"seed": [0]}, tmp_path / "d")
     with pytest.raises(ConfigError, match="expected a new folder; found an earlier sweep"):
         sweep(asked, GRID, tmp_path / "d")
