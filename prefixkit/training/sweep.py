@@ -68,13 +68,13 @@ def sweep(
     """
     folder, listener = Path(output), listener or Quiet()
     made = configs(settings, grid, folder)
+    earlier = trials.read(folder, grid) if resume else []
     with _folder(folder, resume):
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
-    if resume:
-        for trial, known in zip(found, trials.read(folder, grid), strict=True):
-            trials.resume(trial, known)
+    for trial, known in zip(found, earlier, strict=False):
+        trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
