@@ -27,6 +27,8 @@ from prefixkit.training.progress import Step
 
 PASS = 256
 """What a pass costs by itself, in tokens: rows are padded to stand together for as much."""
+MOST = {"cpu": 1 << 12, "cuda": 1 << 16}
+"""Tokens of a pass, by device: more are no faster, and take memory."""
 
 
 @dataclass
@@ -66,19 +68,22 @@ def step(runs: Sequence[Run]) -> list[Step]:
     shares = torch.tensor([_share(run, batch) for run, batch in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
     rows = [(index, example) for index, run in enumerate(runs) for example in _examples(run)]
-    for together in alike(rows):
+    for together in alike(rows, MOST.get(backbone.device.type, MOST["cpu"])):
         sums += _backward(backbone, collate, together, leaves, shares)
     _through(made, leaves)
     return [_update(run, batch, float(total)) for run, batch, total in zip(runs, batches, sums, strict=True)]
 
 
-def alike(rows: Rows) -> Iterator[Rows]:
-    """`rows` in groups of like length, shortest first; none pads its rows by more than another pass would cost."""
+def alike(rows: Rows, most: int) -> Iterator[Rows]:
+    """`rows` in groups of like length, shortest first, of at most `most` tokens (but at least a row).
+
+    None pads its rows by more than another pass would cost.
+    """
     group: Rows = []
     padding = 0
     for row in sorted(rows, key=lambda row: len(row[1])):
         padding += (len(row[1]) - len(group[-1][1])) * len(group) if group else 0
-        if padding > PASS:
+        if group and (padding > PASS or (len(group) + 1) * len(row[1]) > most):
             yield group
             group, padding = [], 0
         group.append(row)

@@ -86,6 +86,11 @@ def test_steps_equal_those_of_separate_runs(backbone_folder: Folder, records: Pa
 
 def test_rows_of_like_length_stand_together_and_none_is_lost() -> None:
     rows = [(index % 3, "x" * length) for index, length in enumerate([5, 40, 6, 41, 7] * 8)]
-    groups = list(side_by_side.alike(rows))
+    groups = list(side_by_side.alike(rows, 10**6))
     assert sorted(row for group in groups for row in group) == sorted(rows)
     assert [(len(group[0][1]), len(group[-1][1])) for group in groups] == [(5, 7), (40, 41)]
+
+
+def test_a_pass_has_an_end() -> None:
+    rows = [(0, "x" * 100)] * 7 + [(1, "x" * 500)]
+    assert [len(group) for group in side_by_side.alike(rows, 300)] == [3, 3, 1, 1]
