@@ -1,0 +1,111 @@
+"""What a training case gives every contender: a backbone in a folder, encoded examples, and the same settings."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefixkit.data.batches import EncodedExample, encode_examples
+from prefixkit.data.readers import read_examples
+from prefixkit.quickstart import BACKBONE
+from prefixkit.task import load_task, load_tokenizer
+
+GPT2_30M = {"model_type": "gpt2", "n_layer": 8, "n_embd": 512, "n_head": 8, "n_positions": 512, "vocab_size": 8192}
+GPT2_MEDIUM = {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16, "vocab_size": 50257}
+QWEN3_600M = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 28,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+_SIGMA = 0.5
+"""The spread of log-lengths: E2E's own examples have about 0.3, instructions and answers more."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for every contender; JSON carries it into a process of its own.
+
+    Attributes:
+        mean: tokens of an example, on average, lengths lognormal and half of each labels; None takes `data`.
+        length: prefix slots.
+    """
+
+    backbone: str
+    data: str
+    batch_size: int
+    mean: int | None = None
+    length: int = 16
+    device: str = "cpu"
+    dtype: str = "float32"
+    lr: float = 0.01
+    seed: int = 0
+    threads: int = 2
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the backbone computes in."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def config(self, output: Path) -> dict[str, Any]:
+        """Our own run with this setting: a random start, so that no slot is frozen and peers can start there too."""
+        return {
+            "backbone": self.backbone,
+            "data": self.data,
+            "output": str(output),
+            "task": "e2e",
+            "steps": 1_000_000,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "method": {"length": self.length, "init": "random"},
+            "optimizer": {"lr": self.lr, "schedule": "constant"},
+        }
+
+
+def examples(setting: Setting) -> list[EncodedExample]:
+    """What every contender trains on."""
+    if setting.mean is not None:
+        return _lognormal(setting.mean, setting.batch_size * 256, setting.seed)
+    tokenizer = load_tokenizer(setting.backbone)
+    task = load_task("e2e", tokenizer, max_length=512 - setting.length, kind="decoder")
+    return encode_examples(task, tokenizer, read_examples(setting.data))
+
+
+def _lognormal(mean: int, count: int, seed: int) -> list[EncodedExample]:
+    draw = np.random.default_rng(seed)
+    lengths = np.exp(draw.normal(math.log(mean) - _SIGMA**2 / 2, _SIGMA, count)).round().clip(4, 6 * mean).astype(int)
+    rows = (draw.integers(8192, size=length).tolist() for length in lengths)
+    return [EncodedExample(tuple(row[: len(row) // 2]), tuple(row[len(row) // 2 :])) for row in rows]
+
+
+def make_backbone(shape: Mapping[str, Any], folder: Path, dtype: str = "float32", seed: int = 0) -> str:
+    """Write random weights of `shape` to `folder`, with the tokenizer of the embedded backbone.
+
+    Dropout is off, as all contenders compute the same.
+    """
+    torch.manual_seed(seed)
+    own = dict(shape)
+    family = own.pop("model_type")
+    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
+    config = AutoConfig.for_model(family, **own, **dropout, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BACKBONE / name, folder / name)
+    return str(folder)

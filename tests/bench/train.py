@@ -1,0 +1,119 @@
+"""Training speed, side by side: ours, PEFT as people run it, PEFT at its best, a bare loop. From the project's root:
+
+    python -m tests.bench.train [--cases NAME,…] [--rounds N] [--json FILE] [--device cpu|cuda] [--quick]
+
+All contenders run in one process, in turns, on batches that are collated then and never come back; collating, masks and
+packing count. Before the first turn each takes some steps on the same batches from the same prefix, and their losses
+must agree. Peak memory and the time to the first step come from a new process for each contender.
+
+The backbone of a case is a shape with random weights unless `--backbone` gives a folder; `cpu-sweep8` trains the
+embedded one. `--quick` tries the program: a few small steps of the embedded backbone, nothing compiled, two prefixes in
+the sweep. Its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixkit.quickstart import BACKBONE, E2E
+from tests.bench import speed, sweep8
+from tests.bench.rounds import Row, table
+from tests.bench.shapes import GPT2_30M, GPT2_MEDIUM, QWEN3_600M, Setting, make_backbone
+from tests.bench.speed import Amount
+
+SWEEP = "cpu-sweep8"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a name stands for.
+
+    Attributes:
+        shape: of the backbone; None takes the embedded one.
+        mean: tokens of an example, on average; None trains on E2E.
+    """
+
+    shape: Mapping[str, Any] | None
+    batch_size: int
+    device: str = "cuda"
+    mean: int | None = 64
+    length: int = 20
+    dtype: str = "bfloat16"
+
+
+CASES = {
+    "h200-gpt2m-b64": Case(GPT2_MEDIUM, 64),
+    "h200-qwen06-b64": Case(QWEN3_600M, 64),
+    "h200-gpt2m-b10": Case(GPT2_MEDIUM, 10),
+    "h200-qwen06-b10": Case(QWEN3_600M, 10),
+    "cpu-gpt2-30m-b16": Case(GPT2_30M, 16, "cpu", None, 16, "float32"),
+    SWEEP: Case(None, 16, "cpu", None, 16, "float32"),
+}
+
+
+def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Row]:
+    """The rows of one case."""
+    case, quick = CASES[name], options.quick
+    embedded = case.shape is None or (quick and case.device == "cpu")
+    backbone = options.backbone or (str(BACKBONE) if embedded else make_backbone(case.shape or {}, folder, case.dtype))
+    setting = Setting(
+        backbone=str(backbone),
+        data=str(E2E / "valid.jsonl" if quick else options.data),
+        batch_size=4 if quick else case.batch_size,
+        mean=case.mean,
+        length=case.length,
+        device=case.device,
+        dtype=case.dtype,
+        threads=options.threads,
+    )
+    if name == SWEEP:
+        return sweep8.measure(name, setting, rounds=2 if quick else options.rounds, quick=quick)
+    amount = Amount(2, 3, 3, 1, compiled=False) if quick else Amount(options.rounds, options.steps, 10, 3)
+    return speed.measure(name, setting, amount, tell)
+
+
+def tell(message: str) -> None:
+    """Progress, beside the table."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES), help="names with commas between them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16, help="of a turn")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only the cases of this device")
+    parser.add_argument("--backbone", type=Path, help="a folder, in the place of the cases' own")
+    parser.add_argument("--data", type=Path, default=E2E / "train.jsonl.gz", help="E2E, for the cases on a CPU")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.cases.split(",")) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    wanted = [name for name in options.cases.split(",") if options.device in (None, CASES[name].device)]
+    torch.set_num_threads(options.threads)
+    here = [name for name in wanted if CASES[name].device == "cpu" or torch.cuda.is_available()]
+    rows: list[Row] = []
+    for name in here:
+        with tempfile.TemporaryDirectory() as folder:
+            tell(f"{name} …")
+            rows += measure(name, options, Path(folder))
+        if options.json is not None:
+            options.json.write_text(json.dumps([row.record() for row in rows], indent=1) + "\n")
+    print(table(rows))
+    if missing := [name for name in wanted if name not in here]:
+        print(f"\nNot run, because there is no CUDA device here: {', '.join(missing)}.")
+
+
+if __name__ == "__main__":
+    main()
