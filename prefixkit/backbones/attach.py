@@ -32,6 +32,7 @@ from prefixkit.backbones.encoder_layers import measure_encoder
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import is_encoder, measure, reader_of, refuse_swallowed, refuse_untried
 from prefixkit.backbones.identity import context_length, identify, origin
+from prefixkit.backbones.packed import Mask
 from prefixkit.backbones.pair import fitting
 from prefixkit.backbones.positions import (
     first_position,
@@ -44,7 +45,16 @@ from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
 from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError, MismatchError
 from prefixkit.format.manifest import BackboneIdentity, LayerGeometry
-from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, Received, RowPrefixes, injection
+from prefixkit.injections import (
+    Injection,
+    KeyValuePrefix,
+    KeyValuePrefixes,
+    PackedPrefixes,
+    Received,
+    RowPrefixes,
+    Several,
+    injection,
+)
 from prefixkit.prefix import Prefix, matches
 
 _NAME = "prefixkit"
@@ -85,6 +95,7 @@ class Attachment:
     Attributes:
         slots: of keys and values in slots, [batch, prompt]: which of them stands at each token of the prompts that are
             read, from 0; -1 where none does. None for a prefix before the text.
+        masks: of a packed row; None for any other.
 
     Raises:
         BackboneError: the model has an attachment already, or its attention cannot be given a prefix.
@@ -94,6 +105,7 @@ class Attachment:
         _refuse_unready(model)
         self.model, self.method = model, method
         self.slots: Tensor | None = None
+        self.masks: dict[int | None, Mask] | None = None
         self.frozen: list[nn.Parameter] = []
         self._install()
         model.__dict__[ATTACHMENT] = self
@@ -134,12 +146,15 @@ class Attachment:
         tokens: Any = keywords.get("input_ids")
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
         if self.previous is None:
-            if isinstance(prefix, RowPrefixes):
+            if isinstance(prefix, Several):
                 raise one_for_all(self.model.config.model_type)
             if prefix is not None and prefix.length:
                 through_cache(self.model, prefix, tokens, keywords)
             return (), keywords
         _refuse_reentrant(self.model)
+        if isinstance(prefix, PackedPrefixes):
+            keywords.update(self._packed(prefix))
+            return (), keywords
         index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
         lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
@@ -147,9 +162,19 @@ class Attachment:
         keywords[KEYWORD] = Injected(keys=keys, values=values, lengths=lengths, slots=slots, query_index=index)
         return (), keywords
 
-    def _folded(self) -> KeyValuePrefix | RowPrefixes | None:
+    def _folded(self) -> KeyValuePrefix | Several | None:
         received = self.method() if self.method is not None else None
-        return received if received is None or isinstance(received, RowPrefixes) else fold(self.model, received)
+        return received if received is None or isinstance(received, Several) else fold(self.model, received)
+
+    def _packed(self, prefix: PackedPrefixes) -> dict[str, Any]:
+        """What the decoder is to be called with, to read a packed row."""
+        if self.masks is None or not self.places:
+            found, step = "a packed row", "use padded batches"
+            raise BackboneError(self.model.config.model_type, expected="padded rows", found=found, next_step=step)
+        injected = Injected(keys=prefix.keys, values=prefix.values, masks=self.masks)
+        # Given a mask of four dimensions the model makes none of its own; ours take its place.
+        stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=prefix.positions.device)
+        return {"position_ids": prefix.positions, "attention_mask": stand_in, KEYWORD: injected}
 
     def _slots(self, tokens: Any, keywords: dict[str, Any]) -> Tensor | None:
         """[batch, text]: `slots` for the text so far. What is written behind a prompt is none, in each of its beams."""
@@ -187,7 +212,7 @@ class PairAttachment(Attachment):
     def _made(self) -> dict[Place, Injected]:
         _refuse_reentrant(self.model)
         received = self.method() if self.method is not None else None
-        if isinstance(received, RowPrefixes):
+        if isinstance(received, Several):
             raise one_for_all(self.model.config.model_type)
         return placed(received if isinstance(received, KeyValuePrefixes) else None)
 

@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefixkit.backbones.geometry import evaluating, one_input, reader_of
+from prefixkit.backbones.packed import Mask, attend
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
 
@@ -51,6 +52,7 @@ class Injected:
         lengths: [batch], how many of the slots are a row's own; None where all are.
         slots: [batch, text], which of the keys and values stands at each token of the text so far, from 0; -1 at those
             that keep their own. None for keys and values before the text.
+        masks: in a packed row, those of the layers with each sliding window, in the place of the model's own.
         query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
         seen: where the layers that are handed this leave what they see, in the order of their work.
         cross: the same for the stack's cross-attention; None in a stack that has none.
@@ -61,6 +63,7 @@ class Injected:
     lengths: Tensor | None = None
     slots: Tensor | None = None
     query_index: Tensor | None = None
+    masks: Mapping[int | None, Mask] | None = None
     seen: list[Seen] | None = None
     cross: Injected | None = None
 
@@ -192,9 +195,12 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         if injected.seen is not None:
             injected.seen.append(Seen(module, key, value, window))
         length = injected.keys[0].shape[-2] if injected.keys else 0
-        if length == 0:
+        if length == 0 and injected.masks is None:
             return attention(module, query, key, value, attention_mask, **keywords)
         layer: int = getattr(module, _LAYER)
+        if injected.masks is not None:
+            key, value = _prepended(injected.keys[layer], key), _prepended(injected.values[layer], value)
+            return attend(attention, module, query, key, value, injected.masks[window], **keywords)
         if injected.slots is not None:
             key = _with_slots(key, injected.keys[layer], injected.slots)
             value = _with_slots(value, injected.values[layer], injected.slots)
@@ -210,8 +216,7 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
         if keywords.get("position_bias") is not None:
             # T5 biases by distance, and a slot is at none.
             keywords["position_bias"] = F.pad(keywords["position_bias"], (length, 0))
-        key = torch.cat([_rows(injected.keys[layer], key), key], dim=2)
-        value = torch.cat([_rows(injected.values[layer], value), value], dim=2)
+        key, value = _prepended(injected.keys[layer], key), _prepended(injected.values[layer], value)
         return attention(module, query, key, value, attention_mask, **keywords)
 
     return forward
@@ -224,9 +229,9 @@ for _previous, _attention in _ATTENTION.items():
     AttentionMaskInterface.register(_NAME.format(_previous), ALL_MASK_ATTENTION_FUNCTIONS[_previous])
 
 
-def _rows(prefix: Tensor, like: Tensor) -> Tensor:
-    """[batch, kv_heads, prefix, head_dim], in the dtype and on the device of `like`."""
-    return prefix.to(like.device, like.dtype).expand(like.shape[0], -1, -1, -1)
+def _prepended(prefix: Tensor, own: Tensor) -> Tensor:
+    """[batch, kv_heads, prefix + seq, head_dim], in the dtype and on the device of `own`."""
+    return torch.cat([prefix.to(own.device, own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
 
 
 def _with_slots(own: Tensor, given: Tensor, slots: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.backbones.packed import masks
 from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.backbones.slots import filled, in_slots, infix_of, numbered, refuse_infix
 from prefixkit.errors import BackboneError
@@ -26,9 +27,10 @@ from prefixkit.injections import (
     Injection,
     KeyValuePrefix,
     One,
+    PackedPrefixes,
     ParameterDelta,
     Received,
-    RowPrefixes,
+    Several,
     TaskHead,
     joined,
     part_of,
@@ -112,10 +114,12 @@ class Decoder(Backbone):
         """
         self._attachment.method, self._attachment.slots = self._method(prefix, ids)
         try:
+            if isinstance(prefix, PackedPrefixes):
+                self._attachment.masks = masks(prefix, {layer.window for layer in self.geometry}, self.model)
             with changed(self.model, prefix):
                 yield self.model
         finally:
-            self._attachment.method = self._attachment.slots = None
+            self._attachment.method = self._attachment.slots = self._attachment.masks = None
 
     def _numbered(self, ids: Tensor, made: KeyValuePrefix | None) -> Tensor | None:
         infix = infix_of(made)
@@ -126,7 +130,7 @@ class Decoder(Backbone):
 
     def _method(self, received: Received | None, ids: Tensor) -> tuple[MakesPrefix | None, Tensor | None]:
         """What the hooks ask for keys and values, and in which slots of `ids` these stand."""
-        if isinstance(received, RowPrefixes):
+        if isinstance(received, Several):
             return (lambda: received), None
         made = self.key_values(received)
         return None if made is None else FixedPrefix(made), self._numbered(ids, made)

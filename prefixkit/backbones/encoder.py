@@ -29,7 +29,7 @@ from prefixkit.injections import (
     KeyValuePrefix,
     One,
     Received,
-    RowPrefixes,
+    Several,
     joined,
     part_of,
     parts_of,
@@ -119,7 +119,7 @@ class Encoder(Backbone):
             self._attachment.method = None
 
     def _method(self, received: Received | None) -> MakesPrefix | None:
-        if isinstance(received, RowPrefixes):
+        if isinstance(received, Several):
             return lambda: received
         prefix = part_of(None if received is None else self.fold(received), KeyValuePrefix)
         return None if prefix is None else FixedPrefix(prefix)

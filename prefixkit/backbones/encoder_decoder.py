@@ -26,7 +26,7 @@ from prefixkit.injections import (
     KeyValuePrefix,
     KeyValuePrefixes,
     Received,
-    RowPrefixes,
+    Several,
     part_of,
 )
 
@@ -121,7 +121,7 @@ class EncoderDecoder(Backbone):
     @contextmanager
     def injected(self, received: Received | None) -> Iterator[PreTrainedModel]:
         """The model with the prefixes of `received` in it, for the length of a `with` block."""
-        if isinstance(received, RowPrefixes):
+        if isinstance(received, Several):
             raise one_for_all(self.identity.family)
         folded = None if received is None else self.fold(received)
         with self._stacks.receiving(placed(folded if isinstance(folded, KeyValuePrefixes) else None)) as model:

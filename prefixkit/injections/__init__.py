@@ -9,12 +9,15 @@ from prefixkit.injections.combined import Combined as Combined
 from prefixkit.injections.combined import Injection as Injection
 from prefixkit.injections.combined import One as One
 from prefixkit.injections.combined import Received as Received
+from prefixkit.injections.combined import Several as Several
 from prefixkit.injections.combined import joined as joined
 from prefixkit.injections.combined import part_of as part_of
 from prefixkit.injections.combined import parts_of as parts_of
 from prefixkit.injections.combined import positions_of as positions_of
 from prefixkit.injections.key_value_prefix import KeyValuePrefix as KeyValuePrefix
 from prefixkit.injections.key_value_prefix import KeyValuePrefixes as KeyValuePrefixes
+from prefixkit.injections.packed import PackedPrefixes as PackedPrefixes
+from prefixkit.injections.packed import packed_prefixes as packed_prefixes
 from prefixkit.injections.parameters import ParameterDelta as ParameterDelta
 from prefixkit.injections.parameters import TaskHead as TaskHead
 from prefixkit.injections.prompts import EmbeddingPrompt as EmbeddingPrompt

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from prefixkit.format.manifest import Positions
 from prefixkit.injections.key_value_prefix import KeyValuePrefix, KeyValuePrefixes
+from prefixkit.injections.packed import PackedPrefixes
 from prefixkit.injections.parameters import ParameterDelta, TaskHead
 from prefixkit.injections.prompts import EmbeddingPrompt, HiddenPrompt
 from prefixkit.injections.rows import RowPrefixes
@@ -45,13 +46,15 @@ class Combined:
 
 Injection = KeyValuePrefix | KeyValuePrefixes | EmbeddingPrompt | HiddenPrompt | ParameterDelta | TaskHead | Combined
 """The union of injections that a method may return. It is closed: a new kind means a new version of the schema."""
-Received = Injection | RowPrefixes
+Several = RowPrefixes | PackedPrefixes
+"""Prefixes of several runs, or users, in one forward pass."""
+Received = Injection | Several
 """What a backbone may be handed."""
 
 
 def parts_of(received: Received | None) -> tuple[One, ...]:
-    """`received` as single injections, in order; the prefixes of rows are none."""
-    if received is None or isinstance(received, RowPrefixes):
+    """`received` as single injections, in order; several prefixes are none."""
+    if received is None or isinstance(received, Several):
         return ()
     return received.parts if isinstance(received, (Combined, KeyValuePrefixes)) else (received,)
 
