@@ -158,8 +158,9 @@ def test_an_encoder_takes_none_either(tmp_path: Path) -> None:
     encoder = load_backbone(encoder_folder("bert", tmp_path / "bert"))
     batch, prefix = pack(examples()), encoder.key_values_of([5, 6, 7])
     assert isinstance(prefix, KeyValuePrefix)
+    inputs = {"input_ids": batch.input_ids[:, :48], "attention_mask": batch.attention_mask[:, :48]}
     with pytest.raises(BackboneError, match="expected padded rows; found a packed row; use padded batches"):
-        encoder.states({"input_ids": batch.input_ids}, packed(batch, [prefix], OWNER * 0))
+        encoder.states(inputs, packed(batch, [prefix], OWNER * 0))
 
 
 def test_the_next_batch_may_be_padded_again() -> None:
