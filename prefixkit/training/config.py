@@ -89,6 +89,7 @@ class TrainConfig:
     Attributes:
         objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
             prompts are trained.
+        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed.
     """
 
     backbone: str
@@ -103,6 +104,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     objective: str = "vocabulary"
+    layout: str = "auto"
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -111,6 +113,7 @@ class TrainConfig:
         check_types(self, "")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("objective", self.objective, ("vocabulary", "labels"))
+        one_of("layout", self.layout, ("auto", "padded", "packed"))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         at_least("--batch-size", self.batch_size, 1)
         at_least("--steps", self.steps, 0)
@@ -188,7 +191,7 @@ def toml_value(text: str) -> Any:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
-    for local in ("backbone", "data", "eval_data", "output", "device"):
+    for local in ("backbone", "data", "eval_data", "output", "device", "layout"):
         del kept[local]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init

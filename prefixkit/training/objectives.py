@@ -15,6 +15,7 @@ from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.targets import Targets
 from prefixkit.data.batches import Batch
 from prefixkit.injections import Injection
+from prefixkit.training.layout import laid
 
 Objective = Callable[[Backbone, Any, Injection | None], Tensor]
 TOP = 20
@@ -74,7 +75,7 @@ def _wanted(backbone: Backbone, batch: Batch) -> Tensor:
 def _targets(backbone: Backbone, batch: Batch, received: Injection | None) -> AbstractContextManager[Targets]:
     device = backbone.device
     tokens, mask, labels = batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
-    return backbone.targets(tokens, mask, labels, received)
+    return backbone.targets(tokens, mask, labels, laid(backbone, batch, received))
 
 
 def cross_entropy_sum(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.method import Method
 from prefixkit.prefix import Prefix
 from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer, slots_of
+from prefixkit.training import layout
 from prefixkit.training.config import TrainConfig, files_of
-from prefixkit.training.examples import Data, collate_for, with_labels
+from prefixkit.training.examples import Data, with_labels
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
@@ -45,6 +46,7 @@ class Prepared:
         data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
+        unpacked: why batches are padded where a packed row would be faster; None where it would not, or they are not.
     """
 
     config: TrainConfig
@@ -60,6 +62,7 @@ class Prepared:
     validation_hash: str | None
     start_digest: str
     parents: tuple[str, ...]
+    unpacked: str | None = None
 
 
 def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None) -> Prepared:
@@ -90,7 +93,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
     if (left := backbone.room_behind(teacher or method())) is not None and left < task.max_length:
         task = replace(task, max_length=left)
         encoded = data.encode(task, tokenizer, backbone, examples)
-    collate = collate_for(task, backbone)
+    collate, unpacked = layout.chosen(config.layout, task, backbone, (method(), teacher))
     batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, collate=collate)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
@@ -106,6 +109,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
         validation_hash=data.hash(held_out) if held_out else None,
         start_digest=memory_digest(method),
         parents=tuple(parent.manifest.content or "" for parent in parents),
+        unpacked=unpacked,
     )
 
 

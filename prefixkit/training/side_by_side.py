@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import IGNORED, Batch, Collate
-from prefixkit.injections import KeyValuePrefix, part_of, row_prefixes
+from prefixkit.data.packing import pack
+from prefixkit.injections import KeyValuePrefix, part_of
 from prefixkit.methods.autoprompt import AutoPrompt
-from prefixkit.training import loop
+from prefixkit.training import layout, loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.objectives import exact, next_token
 from prefixkit.training.preparation import Prepared
@@ -68,7 +69,8 @@ def step(runs: Sequence[Run]) -> list[Step]:
     shares = torch.tensor([_share(run, batch) for run, batch in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
     rows = [(index, example) for index, run in enumerate(runs) for example in _examples(run)]
-    for together in alike(rows, MOST.get(backbone.device.type, MOST["cpu"])):
+    passes = in_turn if collate is pack else alike
+    for together in passes(rows, MOST.get(backbone.device.type, MOST["cpu"])):
         sums += _backward(backbone, collate, together, leaves, shares)
     _through(made, leaves)
     return [_update(run, batch, float(total)) for run, batch, total in zip(runs, batches, sums, strict=True)]
@@ -90,6 +92,19 @@ def alike(rows: Rows, most: int) -> Iterator[Rows]:
     yield group
 
 
+def in_turn(rows: Rows, most: int) -> Iterator[Rows]:
+    """`rows` in groups in their order, of at most `most` tokens (but at least a row): what is packed need not match."""
+    group: Rows = []
+    tokens = 0
+    for row in rows:
+        if group and tokens + len(row[1]) > most:
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += len(row[1])
+    yield group
+
+
 def _backward(
     backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[KeyValuePrefix], shares: Tensor
 ) -> Tensor:
@@ -98,7 +113,7 @@ def _backward(
     ids, mask, labels = (each.to(backbone.device) for each in (batch.input_ids, batch.attention_mask, batch.labels))
     owner = torch.tensor([index for index, _ in rows], device=backbone.device)
     learnt = labels != IGNORED
-    wanted, owners = labels[learnt], owner[:, None].expand_as(labels)[learnt]
+    wanted, owners = labels[learnt], layout.owners(batch, owner)[learnt]
     weights = shares.to(backbone.device)[owners]
     sums = torch.zeros(len(shares), dtype=torch.float64, device=backbone.device)
 
@@ -107,7 +122,7 @@ def _backward(
         sums.index_add_(0, owners[part], each.detach().double())
         return (each * weights[part].to(each.dtype)).sum()
 
-    with backbone.targets(ids, mask, labels, row_prefixes(leaves, owner)) as targets:
+    with backbone.targets(ids, mask, labels, layout.laid_several(batch, leaves, owner)) as targets:
         targets.summed(loss_of).backward()  # type: ignore[no-untyped-call]
     return sums.cpu()
 

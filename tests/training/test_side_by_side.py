@@ -26,12 +26,13 @@ RUNS: tuple[dict[str, Any], ...] = (
 )
 
 
-def runs(folder: Path, records: Path, tmp_path: Path, *, dtype: torch.dtype = torch.float64) -> list[side_by_side.Run]:
+def runs(folder: Path, records: Path, tmp_path: Path, *, layout: str = "auto") -> list[side_by_side.Run]:
+    dtype = torch.float64
     backbone = load_backbone(str(folder))
     backbone.model.to(dtype)
     made = []
     for number, changes in enumerate(RUNS):
-        prepared = prepare(settings(folder, records, tmp_path / f"{number}", **changes), backbone)
+        prepared = prepare(settings(folder, records, tmp_path / f"{number}", layout=layout, **changes), backbone)
         prepared.method.to(dtype)
         made.append(side_by_side.Run(prepared, loop.make_optimizer(prepared), State()))
     return made
@@ -41,15 +42,18 @@ def parameters(run: side_by_side.Run) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in run.prepared.method.parameters()]
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_gradients_equal_those_of_separate_runs(
-    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: str
 ) -> None:
-    together, apart = (runs(backbone_folder(family), records, tmp_path) for _ in range(2))
+    together = runs(backbone_folder(family), records, tmp_path, layout=layout)
+    apart = runs(backbone_folder(family), records, tmp_path, layout="padded")
     found, expected = [], []
     keep: list[Any] = []
     monkeypatch.setattr(loop, "update", lambda prepared, optimizer, number: keep.append(_gradients(prepared)))
     monkeypatch.setattr(side_by_side, "PASS", 8)
+    monkeypatch.setattr(side_by_side, "MOST", {"cpu": 512})
     told = side_by_side.step(together)
     found, keep[:] = list(keep), []
     for run, step in zip(apart, told, strict=True):
@@ -89,6 +93,13 @@ def test_rows_of_like_length_stand_together_and_none_is_lost() -> None:
     groups = list(side_by_side.alike(rows, 10**6))
     assert sorted(row for group in groups for row in group) == sorted(rows)
     assert [(len(group[0][1]), len(group[-1][1])) for group in groups] == [(5, 7), (40, 41)]
+
+
+def test_packed_rows_stay_in_turn() -> None:
+    rows = [(index // 4, "x" * length) for index, length in enumerate([5, 40, 6, 41, 100, 1, 7, 20])]
+    groups = list(side_by_side.in_turn(rows, 90))
+    assert [row for group in groups for row in group] == rows
+    assert [sum(len(example) for _, example in group) for group in groups] == [51, 41, 100, 28]
 
 
 def test_a_pass_has_an_end() -> None:

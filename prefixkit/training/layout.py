@@ -1,0 +1,87 @@
+"""How the examples of a batch lie before the backbone: in padded rows, or one after the other in a packed row.
+
+Losses and gradients are the same. A packed row has no padding, and is for CUDA, where attention skips whatever a token
+does not see; on a CPU rows of like length are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixkit.backbones import packed
+from prefixkit.backbones.attention import uses_registry
+from prefixkit.backbones.backbone import Backbone
+from prefixkit.data.batches import Batch, Collate
+from prefixkit.data.packing import PackedBatch, pack
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.injections import Injection, KeyValuePrefix, Received, Several, packed_prefixes, part_of, row_prefixes
+from prefixkit.training.examples import collate_for
+
+
+def chosen(
+    layout: str, task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]
+) -> tuple[Collate, str | None]:
+    """What makes the batches of a run, and why they are padded although packed ones were wanted.
+
+    Args:
+        layout: `auto` packs on CUDA, where nothing is in the way.
+        given: everything that the backbone will receive in front of a batch.
+
+    Raises:
+        ConfigError: packed rows were asked for, and something is in the way.
+    """
+    padded = collate_for(task, backbone)
+    if layout == "padded" or (layout == "auto" and not _packs_faster(backbone)):
+        return padded, None
+    reason = obstacle(task, backbone, given)
+    if reason is not None and layout == "packed":
+        raise ConfigError("layout", expected="what can be packed", found=reason, next_step="use layout=padded")
+    return (pack if reason is None else padded), reason
+
+
+def _packs_faster(backbone: Backbone) -> bool:
+    return backbone.device.type == "cuda"
+
+
+def obstacle(task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]) -> str | None:
+    """Why examples cannot lie in a packed row; None where they can."""
+    family = backbone.identity.family
+    if backbone.kind != "decoder" or task.answer is not None:
+        return "what is no decoder that writes"
+    if not uses_registry(backbone.model):
+        return f"{family}, whose attention goes its own way in transformers"
+    reason = packed.obstacle(backbone.model)
+    if reason is not None:
+        return f"{family}: {reason}"
+    received = [backbone.fold(one) for one in given if one is not None]
+    if all(isinstance(one, KeyValuePrefix) and one.placement == "prepend" for one in received):
+        return None
+    return "something else than keys and values before the text"
+
+
+def laid(backbone: Backbone, batch: Any, received: Injection | None) -> Received | None:
+    """`received` as a backbone takes it beside `batch`."""
+    if not isinstance(batch, PackedBatch):
+        return received
+    prefix = part_of(None if received is None else backbone.fold(received), KeyValuePrefix)
+    assert prefix is not None, "without one the examples of a row would see each other"
+    return laid_several(batch, [prefix], torch.zeros(batch.examples, dtype=torch.long, device=backbone.device))
+
+
+def laid_several(batch: Batch, prefixes: Sequence[KeyValuePrefix], owner: Tensor) -> Several:
+    """`prefixes[owner[example]]` for each example of `batch`; `owner` is on the backbone's device."""
+    if isinstance(batch, PackedBatch):
+        return packed_prefixes(prefixes, owner, batch.segments.to(owner.device), batch.positions.to(owner.device))
+    return row_prefixes(prefixes, owner)
+
+
+def owners(batch: Batch, owner: Tensor) -> Tensor:
+    """[batch, seq]: the owner of each token, where it is of an example."""
+    if isinstance(batch, PackedBatch):
+        return owner[batch.segments.to(owner.device)]
+    return owner[:, None].expand(batch.labels.shape)

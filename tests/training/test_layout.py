@@ -1,0 +1,133 @@
+"""Padded rows and a packed row are one training: the same losses, gradients and validations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixkit.data.batches import collate
+from prefixkit.data.packing import pack
+from prefixkit.errors import ConfigError
+from prefixkit.prefix import load
+from prefixkit.training import layout, loop
+from prefixkit.training.objectives import Distillation
+from prefixkit.training.preparation import Prepared, prepare
+from tests.architectures import tiny
+from tests.backbones.test_decoder import wrap
+from tests.backbones.test_packed import examples
+from tests.ragged import random_prefix, to_double
+from tests.training.test_loop import Interrupted, settings
+
+Folder = Callable[..., Path]
+METHODS: dict[str, dict[str, Any]] = {
+    "prefix-tuning": {"length": 5, "reparameterization": "mlp", "bottleneck": 16},
+    "prompt-tuning": {"length": 3},
+    "p-tuning-v2": {"length": 5},
+}
+CANNOT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "cache": ("falcon", {}, "falcon, whose attention goes its own way in transformers"),
+    "bitfit": ("gpt2", {"method": {"name": "bitfit"}}, "something else than keys and values before the text"),
+}
+
+
+def first_step(prepared: Prepared) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the first step, in float64."""
+    prepared.backbone.model.double()
+    prepared.method.double()
+    received = prepared.method()
+    loss = prepared.objective(prepared.backbone, prepared.batches.batch(0), received)
+    return loss.item(), list(torch.autograd.grad(loss, list(prepared.method.parameters())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_the_same(backbone_folder: Folder, records: Path, tmp_path: Path, method: str) -> None:
+    folder, chosen = backbone_folder("llama"), {"name": method, **METHODS[method]}
+    made = [
+        prepare(settings(folder, records, tmp_path / "p", layout=layout, method=chosen))
+        for layout in ("packed", "padded")
+    ]
+    assert [one.batches.collate for one in made] == [pack, collate]
+    (loss, found), (other, expected) = map(first_step, made)
+    assert loss == pytest.approx(other, rel=1e-10)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
+    assert max(one.abs().max() for one in found) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_run_is_the_same_and_so_is_its_file(
+    backbone_folder: Folder, records: Path, tmp_path: Path, family: str
+) -> None:
+    heard = {}
+    for chosen in ("packed", "padded"):
+        heard[chosen] = Interrupted()
+        config = settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen)
+        loop.train(config, listener=heard[chosen])
+    packed, padded = heard["packed"], heard["padded"]
+    assert packed.losses == pytest.approx(padded.losses, abs=1e-5 * max(padded.losses))
+    assert [one.loss for one in packed.validations] == pytest.approx([one.loss for one in padded.validations], rel=1e-5)
+    assert packed.messages == padded.messages == []
+    records_of = [load(tmp_path / chosen).manifest.provenance.config for chosen in ("packed", "padded")]
+    assert records_of[0] == records_of[1], "where rows lie is no part of what was trained"
+
+
+def test_a_run_may_be_resumed_in_the_other_layout(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    straight, broken = Interrupted(), Interrupted(8)
+    loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "one", layout="padded"), listener=straight)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "two", layout="packed"), listener=broken)
+    resumed = Interrupted()
+    loop.train(
+        settings(backbone_folder("gpt2"), records, tmp_path / "two", layout="padded"), resume=True, listener=resumed
+    )
+    assert [*broken.losses, *resumed.losses] == pytest.approx(straight.losses, rel=1e-5)
+
+
+def test_a_teacher_is_imitated_in_a_packed_row() -> None:
+    decoder = wrap(tiny("llama").double().requires_grad_(False))
+    teacher, pupil = (to_double(random_prefix(decoder.model, length, length)) for length in (9, 4))
+    leaves = [tensor.requires_grad_() for tensor in (*pupil.keys, *pupil.values)]
+    learn, results = Distillation(teacher), []
+    for batch in (pack(examples()), collate(examples())):
+        loss = learn(decoder, batch, pupil)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_be_packed_is_refused_where_that_was_asked_for(
+    backbone_folder: Folder, records: Path, tmp_path: Path, case: str
+) -> None:
+    family, changes, reason = CANNOT[case]
+    config = settings(backbone_folder(family), records, tmp_path / "p", layout="packed", **changes)
+    with pytest.raises(ConfigError, match=f"layout: expected what can be packed; found {reason}; use layout=padded"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("case", [None, *CANNOT])
+def test_auto_packs_where_that_is_faster_and_says_where_it_cannot(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str | None
+) -> None:
+    family, changes, reason = CANNOT[case] if case else ("gpt2", {}, "")
+    config = settings(backbone_folder(family), records, tmp_path / "p", steps=1, **changes)
+    assert prepare(config).batches.collate is collate, "on a CPU"
+    monkeypatch.setattr(layout, "_packs_faster", lambda backbone: True)
+    assert prepare(config).batches.collate is (collate if case else pack)
+    heard = Interrupted()
+    loop.train(config, listener=heard)
+    assert heard.messages == ([f"batches are padded: no packed row for {reason}"] if case else [])
+
+
+def test_tasks_that_a_head_answers_are_padded(backbone_folder: Folder, tmp_path: Path) -> None:
+    data = tmp_path / "labels.jsonl"
+    rows = [{"text": f"the river {index}", "label": "ab"[index % 2]} for index in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"task": "classification", "method": {"name": "p-tuning-v2"}, "eval_data": None, "layout": "packed"}
+    with pytest.raises(ConfigError, match="found what is no decoder that writes"):
+        prepare(settings(backbone_folder("gpt2"), data, tmp_path / "p", **changes))
