@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ Mask = Tensor | BlockMask
 Visible = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Whether a query sees a column: slots first, then the row. Batch and head, in front, make no difference."""
 _BLOCK = 128
+_COMPILATIONS = 64
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 """What attention is given in some models and a mask cannot express."""
 
@@ -59,12 +61,12 @@ def visible(packed: PackedPrefixes, window: int | None) -> Visible:
     """Who sees whom; slot j of a prefix stands at j, token i of an example at its prefix's length + i."""
     owner, example = _columns(packed)
     place = torch.cat([packed.slot_places, packed.places])
+    # Numbers a query, not a number: FlexAttention is compiled once for all windows.
+    last, first = packed.places, packed.places - (packed.places + 1 if window is None else window)
 
     def sees(_batch: Any, _head: Any, query: Tensor, column: Tensor) -> Tensor:
         own = (packed.owners[query] == owner[column]) | (packed.examples[query] == example[column])
-        distance = packed.places[query] - place[column]
-        own = own & (distance >= 0)
-        return own if window is None else own & (distance < window)
+        return own & (place[column] <= last[query]) & (place[column] > first[query])
 
     return sees
 
@@ -158,4 +160,9 @@ def _capped(cap: float | None) -> Callable[..., Tensor] | None:
 @cache
 def _flex(device: str) -> Any:
     """Uncompiled it writes all scores out: that is for tests, which want no compiler."""
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    # About three for each model, with and without gradients. Beyond the limit, `fullgraph` makes it an error, where
+    # attention would otherwise go on uncompiled and say nothing.
+    config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
+    return torch.compile(flex_attention, fullgraph=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
@@ -123,6 +124,20 @@ def test_models_in_blocks_equal_themselves_with_the_mask_written_out(
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4
     assert len(masks) == (2 if family == "gemma2" else 1), "once a pass for each window"
+
+
+def test_attention_is_compiled_once_for_whatever_lengths_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention.flex_attention, fullgraph=True, backend=counter)
+    monkeypatch.setattr(packing, "_flex", lambda device: compiled)
+    for number, window in enumerate([None, None, None, WINDOW, None, WINDOW]):
+        packed = row(OWNER[: 2 + number] % 2, ((20 + number, 5), LENGTHS[1][: 2 + number]))
+        columns = packed.length + len(packed.examples)
+        query, (key, value) = torch.zeros(1, 4, len(packed.examples), 16), torch.zeros(2, 1, 2, columns, 16).unbind()
+        with torch.no_grad():
+            attend(F.scaled_dot_product_attention, torch.nn.Identity(), query, key, value, blocks(packed, window))
+    assert counter.frame_count == 2, "for the first length, then for all"
 
 
 @pytest.mark.parametrize("keywords", [{"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
