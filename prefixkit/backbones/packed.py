@@ -61,12 +61,12 @@ def visible(packed: PackedPrefixes, window: int | None) -> Visible:
     """Who sees whom; slot j of a prefix stands at j, token i of an example at its prefix's length + i."""
     owner, example = _columns(packed)
     place = torch.cat([packed.slot_places, packed.places])
-    # Numbers a query, not a number: FlexAttention is compiled once for all windows.
-    last, first = packed.places, packed.places - (packed.places + 1 if window is None else window)
+    # A number for each query rather than one for all, so that FlexAttention is compiled for every window at once.
+    last, before = packed.places, packed.places - (packed.places + 1 if window is None else window)
 
     def sees(_batch: Any, _head: Any, query: Tensor, column: Tensor) -> Tensor:
         own = (packed.owners[query] == owner[column]) | (packed.examples[query] == example[column])
-        return own & (place[column] <= last[query]) & (place[column] > first[query])
+        return own & (place[column] <= last[query]) & (place[column] > before[query])
 
     return sees
 

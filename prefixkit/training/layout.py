@@ -26,7 +26,7 @@ from prefixkit.training.examples import collate_for
 def chosen(
     layout: str, task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]
 ) -> tuple[Collate, str | None]:
-    """What makes the batches of a run, and why they are padded although packed ones were wanted.
+    """What makes the batches of a run, and a sentence where they are padded although a packed row would be faster.
 
     Args:
         layout: `auto` packs on CUDA, where nothing is in the way.
@@ -41,7 +41,7 @@ def chosen(
     reason = obstacle(task, backbone, given)
     if reason is not None and layout == "packed":
         raise ConfigError("layout", expected="what can be packed", found=reason, next_step="use layout=padded")
-    return (pack if reason is None else padded), reason
+    return (pack, None) if reason is None else (padded, f"batches are padded: no packed row for {reason}")
 
 
 def _packs_faster(backbone: Backbone) -> bool:

@@ -57,7 +57,7 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
         told = f"{cut} of {len(prepared.batches.examples)} training examples lost the end of their input"
         listener.on_message(f"{told} to fit {prepared.task.max_length} tokens")
     if prepared.unpacked:
-        listener.on_message(f"batches are padded: no packed row for {prepared.unpacked}")
+        listener.on_message(prepared.unpacked)
     if not resume and checkpoint.path_of(config.output).exists():
         listener.on_message(f"starting anew: {checkpoint.path_of(config.output)} of an earlier run will be replaced")
     frozen = memory_digest(prepared.backbone.model)

@@ -46,7 +46,7 @@ class Prepared:
         data_hash, validation_hash: of the examples, whatever file they came from; None without validation data.
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
-        unpacked: why batches are padded where a packed row would be faster; None where it would not, or they are not.
+        unpacked: a sentence where batches are padded although a packed row would be faster.
     """
 
     config: TrainConfig

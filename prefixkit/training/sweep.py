@@ -125,6 +125,8 @@ def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], liste
     found = []
     for number, (point, config) in enumerate(zip(points(grid), made, strict=True)):
         found.append(trials.begin(number, point, config, backbone, data))
+    for told in sorted({trial.prepared.unpacked or "" for trial in found} - {""}):
+        listener.on_message(told)
     alone = [trial.number for trial in found if not trial.shares]
     if alone:
         told = "all trials" if len(alone) == len(found) else f"trials {', '.join(map(str, alone))}"

@@ -17,11 +17,13 @@ from prefixkit.prefix import load
 from prefixkit.training import layout, loop
 from prefixkit.training.objectives import Distillation
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.sweep import sweep
 from tests.architectures import tiny
 from tests.backbones.test_decoder import wrap
 from tests.backbones.test_packed import examples
 from tests.ragged import random_prefix, to_double
 from tests.training.test_loop import Interrupted, settings
+from tests.training.test_sweep import Presses, given
 
 Folder = Callable[..., Path]
 METHODS: dict[str, dict[str, Any]] = {
@@ -76,6 +78,15 @@ def test_a_run_is_the_same_and_so_is_its_file(
     assert records_of[0] == records_of[1], "where rows lie is no part of what was trained"
 
 
+def test_autoprompt_finds_the_same_tokens(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    found = []
+    for chosen, steps in (("packed", 4), ("padded", 4), ("packed", 0)):
+        changes = {"method": {"name": "autoprompt", "length": 3}, "layout": chosen, "steps": steps}
+        config = settings(backbone_folder("gpt2"), records, tmp_path / f"{chosen}-{steps}", **changes)
+        found.append(loop.train(config).manifest.injections)
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_run_may_be_resumed_in_the_other_layout(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     straight, broken = Interrupted(), Interrupted(8)
     loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "one", layout="padded"), listener=straight)
@@ -122,6 +133,16 @@ def test_auto_packs_where_that_is_faster_and_says_where_it_cannot(
     heard = Interrupted()
     loop.train(config, listener=heard)
     assert heard.messages == ([f"batches are padded: no packed row for {reason}"] if case else [])
+
+
+def test_a_sweep_says_it_once(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_packs_faster", lambda backbone: True)
+    heard = Presses()
+    asked = given(backbone_folder("falcon"), records, steps=1)
+    sweep(asked, {"seed": [0, 1]}, tmp_path / "out", listener=heard)
+    assert sum("batches are padded: no packed row for falcon" in message for message in heard.messages) == 1
 
 
 def test_tasks_that_a_head_answers_are_padded(backbone_folder: Folder, tmp_path: Path) -> None:
