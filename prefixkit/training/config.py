@@ -89,7 +89,8 @@ class TrainConfig:
     Attributes:
         objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
             prompts are trained.
-        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed.
+        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
+            the default: packed rows were tested on CPU only.
     """
 
     backbone: str
@@ -104,7 +105,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     objective: str = "vocabulary"
-    layout: str = "auto"
+    layout: str = "padded"
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -126,7 +126,7 @@ def test_auto_packs_where_that_is_faster_and_says_where_it_cannot(
     backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str | None
 ) -> None:
     family, changes, reason = CANNOT[case] if case else ("gpt2", {}, "")
-    config = settings(backbone_folder(family), records, tmp_path / "p", steps=1, **changes)
+    config = settings(backbone_folder(family), records, tmp_path / "p", steps=1, layout="auto", **changes)
     assert prepare(config).batches.collate is collate, "on a CPU"
     monkeypatch.setattr(layout, "_packs_faster", lambda backbone: True)
     assert prepare(config).batches.collate is (collate if case else pack)
@@ -140,7 +140,7 @@ def test_a_sweep_says_it_once(
 ) -> None:
     monkeypatch.setattr(layout, "_packs_faster", lambda backbone: True)
     heard = Presses()
-    asked = given(backbone_folder("falcon"), records, steps=1)
+    asked = given(backbone_folder("falcon"), records, steps=1, layout="auto")
     sweep(asked, {"seed": [0, 1]}, tmp_path / "out", listener=heard)
     assert sum("batches are padded: no packed row for falcon" in message for message in heard.messages) == 1
 
