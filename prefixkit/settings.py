@@ -14,6 +14,13 @@ _LARGEST = 1e6
 """No learning rate, norm or decay beyond it makes sense, and arithmetic ends somewhere."""
 
 
+def records(kind: type[Any], given: Any, where: str) -> list[Any]:
+    """A `kind` of each mapping in the list `given`. Raises ConfigError, also for something else than such a list."""
+    if not isinstance(given, list) or not all(isinstance(one, Mapping) for one in given):
+        raise ConfigError(where, expected="a list of tables", found=repr(given))
+    return [record(kind, one, where) for one in given]
+
+
 def record(kind: type[Any], given: Mapping[str, Any], where: str) -> Any:
     """A `kind` of the values in `given`; a mapping in the place of a record becomes that record.
 

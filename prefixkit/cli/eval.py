@@ -43,6 +43,7 @@ def evaluate(
     """
     from prefixkit.cli.jsonl import write_jsonl
     from prefixkit.cli.training_display import progress_of, quiet_transformers
+    from prefixkit.errors import ConfigError
     from prefixkit.injections import TaskHead, injection, part_of
     from prefixkit.prefix import load
     from prefixkit.task import without_slots
@@ -50,6 +51,8 @@ def evaluate(
 
     quiet_transformers()
     files = [load(path) for path in prefix]
+    if mixture and no_prefix:
+        raise ConfigError("--no-prefix", expected="one without --mixture", found="both", next_step="leave one out")
     task = _patterns(prefix, files)[0] if mixture else _common_task(prefix, files)
     model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
     given = [injection(file) for file in files]

@@ -12,9 +12,12 @@ from prefixkit.errors import ConfigError
 
 Backbone = Annotated[str | None, typer.Option(help="Folder or hub id of the frozen model.")]
 Method = Annotated[str | None, typer.Option(help="What to train; `prefixkit methods` lists them.")]
-Data = Annotated[str | None, typer.Option(help="Training examples: JSONL or E2E lines.")]
+Data = Annotated[str | None, typer.Option(help="Training examples: JSONL, E2E lines, or images as .npz or folders.")]
 EvalData = Annotated[str | None, typer.Option(help="Validation examples; the best validation is kept.")]
-Task = Annotated[str | None, typer.Option(help="text, continuation, e2e, chat or a TOML file.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="A ready-made task, such as text, chat, classification or tagging, or a TOML file. [text]"),
+]
 Length = Annotated[
     int | None, typer.Option(help="Prefix slots or prompt vectors; of a task with {slot}, as many as it has. [16]")
 ]

@@ -20,6 +20,7 @@ from prefixkit.errors import DataError
 from prefixkit.format.manifest import ImageRecord, TaskRecord
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_CHANNELS = (1, 3, 4)
 _SHAPE = "`images` as uint8 [count, height, width] or [count, height, width, channels]"
 
 
@@ -43,7 +44,7 @@ def read_images(path: str | Path) -> list[LabelledExample]:
     path = Path(path)
     found = list(_from_folder(path) if path.is_dir() else _from_npz(path))
     if not found:
-        step = "put a folder for each class there"
+        step = "put a folder for each class there" if path.is_dir() else "give one with some"
         raise DataError(path, expected="at least one image", found="none", next_step=step)
     return found
 
@@ -62,6 +63,9 @@ def _from_npz(path: Path) -> Iterator[LabelledExample]:
         raise DataError(path, expected="an .npz of `images` and `labels`", found=found) from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(path, expected=_SHAPE, found=f"{images.dtype} {list(images.shape)}")
+    if 0 in images.shape[1:] or (images.ndim == 4 and images.shape[3] not in _CHANNELS):
+        expected = "images with a height, a width, and 1, 3 or 4 channels"
+        raise DataError(path, expected=expected, found=f"{list(images.shape)}")
     if labels.shape != images.shape[:1]:
         raise DataError(path, expected=f"`labels` [{len(images)}]", found=f"{list(labels.shape)}")
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -103,6 +107,8 @@ def encode_images(task: TaskRecord, examples: Sequence[LabelledExample]) -> list
 def prepared(image: np.ndarray[Any, Any], record: ImageRecord) -> Tensor:
     """[channels, height, width]: resized, divided by 255, minus the mean, divided by the deviation."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    # What is transparent has a colour too: a folder's images are read the same way.
+    pixels = pixels[:3] if pixels.shape[0] == 4 else pixels
     if pixels.shape[0] != record.channels:
         pixels = pixels.mean(dim=0, keepdim=True).expand(record.channels, -1, -1)
     if tuple(pixels.shape[1:]) != (record.height, record.width):

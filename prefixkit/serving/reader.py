@@ -17,7 +17,7 @@ from prefixkit.serving.prefix_table import Array, real_slots, stacked
 from prefixkit.serving.reader_names import LOGITS, PAST, STATES, past_names
 from prefixkit.serving.reader_rows import ServedReading, rectangle, served_reading
 from prefixkit.serving.report import ExportedFolder, ReaderParts, read_report
-from prefixkit.task import load_tokenizer
+from prefixkit.task import SLOT_ID, load_tokenizer
 
 NOTHING = ServedReading()
 """What a row of the bare model receives; deltas are in the graph, and every row has them."""
@@ -81,7 +81,11 @@ class Reader:
             rows: token ids of each row, -1 where a slot of its prompt stands; or images [batch, channels, height,
                 width], prepared as the task says.
             given: what each row receives. One head answers them all: that of the first row that has one.
+
+        Raises:
+            InputError: no row, another number of rows than of what they receive, or rows that the graph cannot read.
         """
+        self._check(rows, given)
         received = [one or NOTHING for one in given]
         inputs = self._images(rows, received) if isinstance(rows, np.ndarray) else self._texts(rows, received)
         inputs |= self._head(received)
@@ -90,6 +94,30 @@ class Reader:
         outputs = [STATES, *([LOGITS] if self.parts.logits else [])]
         found = [value.numpy() for value in self.graph.run(inputs, {}, outputs, [])]
         return Read(found[0], found[1] if len(found) > 1 else None)
+
+    def _check(self, rows: Sequence[Sequence[int]] | Array, given: Sequence[ServedReading | None]) -> None:
+        images, wanted = isinstance(rows, np.ndarray), "pixel_values" in self.parts.inputs
+        if len(rows) == 0 or len(rows) != len(given):
+            expected, found = "as many rows as of what they receive, at least one", f"{len(rows)} and {len(given)}"
+            raise InputError("batch", expected=expected, found=found)
+        if images != wanted:
+            kinds = {True: "images, an array [batch, channels, height, width]", False: "token ids of each row"}
+            raise InputError("batch", expected=kinds[wanted], found=kinds[images])
+        for index, (row, one) in enumerate(zip(rows, given, strict=True)):
+            if not images:
+                self._check_row(f"row {index}", row, one or NOTHING)
+
+    def _check_row(self, where: str, row: Sequence[int], received: ServedReading) -> None:
+        slots = sum(1 for token in row if token == SLOT_ID)
+        prompts = [received.prompt, None if received.hidden is None else received.hidden[0]]
+        placements = (self.parts.placement, self.parts.hidden_placement)
+        taken = [prompt for prompt, placed in zip(prompts, placements, strict=True) if placed == "slots"]
+        room = max((0 if prompt is None else len(prompt) for prompt in taken), default=0)
+        if len(row) == 0 or slots != room:
+            expected = f"tokens, {room} of them slots of its prompt (-1)"
+            raise InputError(where, expected=expected, found=f"{len(row)} tokens with {slots} slots")
+        if any(not 0 <= token < self.report.backbone.vocab_size for token in row if token != SLOT_ID):
+            raise InputError(where, expected=f"token ids below {self.report.backbone.vocab_size}", found=f"{max(row)}")
 
     def _texts(self, rows: Sequence[Sequence[int]], received: Sequence[ServedReading]) -> dict[str, Array]:
         ids, real = padded(rows, left=False)

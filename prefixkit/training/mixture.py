@@ -19,11 +19,12 @@ from torch import Tensor
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.prefix import Prefix, save
-from prefixkit.settings import check_types, record
+from prefixkit.settings import check_types, records
 from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.classification import log_likelihoods
-from prefixkit.training.config import TrainConfig, from_mapping
+from prefixkit.training.config import TrainConfig, files_of, from_mapping
+from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step
 
@@ -49,19 +50,21 @@ def patterns_from(settings: Mapping[str, Any], where: str) -> list[TrainConfig]:
     """A run for each of the `[[patterns]]` in `settings`, alike but for template, start and output.
 
     Raises:
-        ConfigError: no pattern, outputs that are the same, or settings that are none.
+        ConfigError: no pattern, or settings that are none.
     """
     shared = {key: value for key, value in settings.items() if key != "patterns"}
-    patterns = [record(Pattern, given, f"{where} [[patterns]]") for given in settings["patterns"]]
-    outputs = [pattern.output for pattern in patterns]
-    if not patterns or len(set(outputs)) < len(outputs) or "output" in shared:
-        found = "an output beside them" if "output" in shared else ", ".join(outputs) or "none"
+    patterns = records(Pattern, settings["patterns"], f"{where} [[patterns]]")
+    if not patterns or "output" in shared:
+        found = "an output beside them" if patterns else "none"
         raise ConfigError(where, expected="[[patterns]], each with an output of its own", found=found)
     return [_run(shared, pattern, where) for pattern in patterns]
 
 
 def _run(shared: Mapping[str, Any], pattern: Pattern, where: str) -> TrainConfig:
-    method = dict(shared.get("method", {}))
+    method = shared.get("method", {})
+    if not isinstance(method, Mapping):
+        raise ConfigError(where, expected='a section [method] with name = "…"', found=repr(method))
+    method = dict(method)
     if pattern.init is not None:
         method["init"] = pattern.init
     return from_mapping({**shared, "task": pattern.task, "output": pattern.output, "method": method}, where)
@@ -92,11 +95,17 @@ def train_mixture(configs: Sequence[TrainConfig], listener: Listener | None = No
 
 def _prepared(configs: Sequence[TrainConfig]) -> list[Prepared]:
     prepared: list[Prepared] = []
+    reads = [path for config in configs for path in files_of(config)]
+    check_outputs([config.output for config in configs], reads, configs[0].backbone, "[[patterns]]")
     for config in configs:
         prepared.append(prepare(config, prepared[0].backbone if prepared else None))
         if prepared[-1].task.answer is not None or prepared[-1].method.teacher is not None:
             step = "use a task whose answer is a word"
             raise ConfigError("[[patterns]]", expected="patterns that words answer", found=config.task, next_step=step)
+        labels, first = (list(one.task.verbalizer or ()) for one in (prepared[-1], prepared[0]))
+        if labels != first:
+            found = ", ".join(labels) or "none"
+            raise ConfigError(config.task, expected=f"the labels of {configs[0].task}: {', '.join(first)}", found=found)
     return prepared
 
 

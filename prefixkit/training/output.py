@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixkit.errors import ConfigError
+
+
+def check_outputs(outputs: Sequence[str], reads: Iterable[Path], backbone: str, where: str) -> None:
+    """`check_output` for every file that one command writes, before the first of them.
+
+    Raises:
+        ConfigError: as `check_output`; or one place under two names.
+    """
+    read, places = list(reads), [Path(output).resolve() for output in outputs]
+    for output in outputs:
+        check_output(output, read, backbone)
+    if len(set(places)) < len(places):
+        raise ConfigError(where, expected="an output of its own for each file", found=", ".join(outputs))
 
 
 def check_output(output: str | Path, reads: Iterable[Path], backbone: str) -> None:

@@ -17,10 +17,11 @@ from prefixkit.errors import ConfigError
 from prefixkit.injections import TaskHead, joined, parts_of, records_of
 from prefixkit.methods.with_head import WithHead
 from prefixkit.prefix import Prefix, save
-from prefixkit.settings import at_least, check_types, record
+from prefixkit.settings import at_least, check_types, records
 from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
-from prefixkit.training.config import TrainConfig, from_mapping
+from prefixkit.training.config import TrainConfig, files_of, from_mapping
+from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step
 
@@ -49,17 +50,14 @@ def runs_from(settings: Mapping[str, Any], where: str) -> tuple[TrainConfig, lis
     """The shared run that `settings` describe, and its `[[tasks]]`.
 
     Raises:
-        ConfigError: fewer than two tasks, outputs that are the same, or settings that are none.
+        ConfigError: fewer than two tasks, or settings that are none.
     """
     shared = {key: value for key, value in settings.items() if key != "tasks"}
-    tasks = [record(TaskRun, given, f"{where} [[tasks]]") for given in settings["tasks"]]
+    tasks = records(TaskRun, settings["tasks"], f"{where} [[tasks]]")
     if "data" in shared or len(tasks) < 2:
         found = "data beside them" if "data" in shared else str(len(tasks))
         raise ConfigError(where, expected="two [[tasks]] or more, each with its data", found=found)
     config = from_mapping({**shared, "data": tasks[0].data}, where)
-    outputs = [config.output, *(task.output for task in tasks)]
-    if len(set(outputs)) < len(outputs):
-        raise ConfigError(where, expected="an output of its own for the prefix and each task", found=", ".join(outputs))
     return config, tasks
 
 
@@ -96,8 +94,12 @@ def train_together(config: TrainConfig, tasks: Sequence[TaskRun], listener: List
 def _prepared(config: TrainConfig, tasks: Sequence[TaskRun]) -> list[Prepared]:
     """Every task, all with the method and the backbone of the first, each with its own head."""
     prepared: list[Prepared] = []
-    for task in tasks:
-        own = replace(config, data=task.data, eval_data=task.eval_data, task=task.task, output=task.output)
+    runs = [
+        replace(config, data=task.data, eval_data=task.eval_data, task=task.task, output=task.output) for task in tasks
+    ]
+    reads = [path for run in runs for path in files_of(run)]
+    check_outputs([config.output, *(run.output for run in runs)], reads, config.backbone, "[[tasks]]")
+    for task, own in zip(tasks, runs, strict=True):
         prepared.append(prepare(own, prepared[0].backbone if prepared else None))
         if not isinstance(prepared[-1].method, WithHead) or prepared[-1].method.body is None:
             step = "use --method p-tuning-v2 and tasks that a head answers"

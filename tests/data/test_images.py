@@ -105,6 +105,8 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
         ({"images": noise(2, 4), "labels": np.zeros(2)}, r"expected `images` as uint8 .*; found uint8 \[2, 4\]"),
         ({"images": noise(2, 4, 4), "labels": np.zeros(3)}, r"expected `labels` \[2\]; found \[3\]"),
         ({"images": noise(2, 4, 4), "labels": np.zeros((2, 1))}, r"expected `labels` \[2\]; found \[2, 1\]"),
+        ({"images": noise(2, 0, 4), "labels": np.zeros(2)}, r"expected images with a height.*; found \[2, 0, 4\]"),
+        ({"images": noise(2, 4, 4, 2), "labels": np.zeros(2)}, r"1, 3 or 4 channels; found \[2, 4, 4, 2\]"),
         ({"images": noise(0, 4, 4), "labels": np.zeros(0)}, "expected at least one image"),
         ({"images": noise(2, 4, 4), "labels": np.array([{}, 1])}, "expected an .npz"),
     ],
@@ -163,3 +165,11 @@ def test_batches_hold_pixels_and_the_numbers_of_labels() -> None:
     assert (batch.labels.tolist(), batch.examples, batch.tokens) == ([1, 0], 2, 2)
     with pytest.raises(DataError, match="d:3: expected one of cat, dog; found 'cow'"):
         encode_images(TASK, [LabelledExample({"image": noise(16, 12, 3)}, "cow", "d:3")])
+
+
+def test_what_is_transparent_keeps_its_colours() -> None:
+    red = np.zeros((4, 4, 4), dtype=np.uint8)
+    red[..., 0] = red[..., 3] = 255
+    record = ImageRecord(height=4, width=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert torch.equal(prepared(red, record), prepared(red[..., :3], record))
+    assert prepared(red, record)[:, 0, 0].tolist() == [1.0, -1.0, -1.0]

@@ -323,6 +323,20 @@ def test_generate_and_reader_send_each_other_what_is_not_theirs(capfd: pytest.Ca
         Reader(exported("gpt2").folder)
 
 
+def test_rows_that_cannot_be_read_are_refused(traced_before: Path) -> None:
+    reader = Reader(exported_reader("roberta", "kv, head first").folder)
+    for rows, given, message in (
+        ([], [], "expected as many rows as of what they receive, at least one; found 0 and 0"),
+        ([[5, 6]], [], "found 1 and 0"),
+        ([[]], [reader.own], "row 0: expected tokens, 0 of them slots"),
+        ([[5, -1]], [reader.own], "row 0: expected tokens, 0 of them slots .*; found 2 tokens with 1 slots"),
+        ([[5, 10**6]], [reader.own], "row 0: expected token ids below 320; found 1000000"),
+        (np.zeros((1, 3, 8, 8)), [reader.own], "batch: expected token ids of each row; found images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            reader.read(rows, given)
+
+
 def test_command_says_what_to_do_next(traced_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = load_reading("roberta")
     save(file_of(model, received(model, "kv, head first")), tmp_path / "file.safetensors")

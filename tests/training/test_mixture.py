@@ -120,6 +120,38 @@ def test_the_mixture_is_scored_as_one(run_file: Path, tmp_path: Path, capfd: pyt
     assert "train them together with [[patterns]]" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right", "told"),
+    [
+        ("made1", "./made0", "an output of its own for each file"),
+        ("made1", "data.jsonl", "found an input of this run"),
+        ('[method]\nname = "p-tuning-v2"\nlength = 3', 'method = "p-tuning-v2"', "expected a section [method]"),
+        ("pattern2.toml", "other.toml", "pattern0.toml: a, b; found a, c"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused_before_any_work(
+    run_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], wrong: str, right: str, told: str
+) -> None:
+    (tmp_path / "other.toml").write_text(f'input_template = "{TEMPLATES[0]}"\n[verbalizer]\na = "x"\nc = "y"\n')
+    text = run_file.read_text().replace('"label": "b"', '"label": "a"')
+    run_file.write_text(text.replace(wrong, right))
+    rows = [{"text": "the mill", "label": "a"}] * 8
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(["train", "--config", str(run_file)]) == 2
+    assert told in capfd.readouterr().err
+    assert not list(tmp_path.glob("made*"))
+
+
+def test_a_mixture_without_its_prompts_is_none(
+    run_file: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["train", "--config", str(run_file), "--steps", "1"]) == 0
+    files = [str(tmp_path / f"made{index}") for index in range(3)]
+    asked = ["--backbone", str(tmp_path / "bert"), "--data", str(tmp_path / "data.jsonl"), "--mixture"]
+    assert run(["eval", *files, *asked, "--no-prefix"]) == 2
+    assert "--no-prefix: expected one without --mixture" in capfd.readouterr().err
+
+
 def test_words_without_a_verbalizer_are_ranked(
     run_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

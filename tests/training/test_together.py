@@ -91,8 +91,17 @@ def test_what_cannot_be_shared_is_refused(settings: Path, tmp_path: Path, capfd:
         (text.replace('output = "' + str(tmp_path / "tagging"), 'output = "' + str(tmp_path / "shared")), "of its own"),
         (text.replace("p-tuning-v2", "linear-probe").replace("length = 4", ""), "a method to share, and heads"),
         (text.partition('[[tasks]]\ntask = "classification"')[0], "two [[tasks]] or more, each with its data; found 1"),
+        (text.replace('output = "' + str(tmp_path / "tagging"), f'output = "{tmp_path}/./shared'), "of its own"),
+        (
+            text.replace(f'output = "{tmp_path / "shared"}"', f'output = "{tmp_path / "tags.jsonl"}"'),
+            "an input of this",
+        ),
+        (text.replace(f'output = "{tmp_path / "tagging"}"', f'output = "{tmp_path / "labels.jsonl"}"'), "an input of"),
+        (text.replace(f'output = "{tmp_path / "shared"}"', 'output = "/nowhere/shared"'), "found no /nowhere"),
+        (text.partition("[[tasks]]")[0].replace("steps = 12", "tasks = 3"), "[[tasks]]: expected a list of tables"),
     ):
         settings.write_text(wrong)
         assert run(["train", "--config", str(settings)]) == 2
         assert told in capfd.readouterr().err
     assert not list(tmp_path.glob("shared*"))
+    assert json.loads((tmp_path / "tags.jsonl").read_text().splitlines()[0])["tags"]
