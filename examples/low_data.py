@@ -44,7 +44,7 @@ RATES = {
     "LoRA": (0.001, 0.003, 0.01, 0.03),
     "full fine-tuning": (0.00003, 0.0001, 0.0003, 0.001),
 }
-CHOSEN = {"prefix from words": 0.1, "prefix from random": 0.1, "LoRA": 0.003, "full fine-tuning": 0.0003}
+CHOSEN = {"prefix from words": 0.1, "prefix from random": 0.1, "LoRA": 0.003, "full fine-tuning": 0.0001}
 
 
 @dataclass
