@@ -114,9 +114,10 @@ def best_rate(comparison: Comparison, arm: Arm) -> list[Run]:
     return tried[best] + [run(comparison, arm, best, seed) for seed in rest]
 
 
-def spread(numbers: Sequence[float]) -> str:
+def spread(numbers: Sequence[float], digits: int = 1) -> str:
     """Mean and standard deviation."""
-    return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}" if len(numbers) > 1 else f"{mean(numbers):.1f}"
+    apart = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.{digits}f}{apart}"
 
 
 def run(comparison: Comparison, arm: Arm, rate: float, seed: int) -> Run:

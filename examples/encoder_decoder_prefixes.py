@@ -16,14 +16,14 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from comparison import FULL, Arm, spread
 from transformers.utils import logging
 
 from prefixkit.backbones.backbone import Backbone
@@ -42,18 +42,8 @@ from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Silence
 
 LENGTH, BATCH = 16, 16
-FULL = "full fine-tuning"
 PREFIX = {"name": "prefix-tuning", "length": LENGTH}
 RATES = (0.1, 0.3, 1.0)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is trained, and the rates that are tried."""
-
-    name: str
-    method: Mapping[str, Any]
-    rates: tuple[float, ...]
 
 
 ARMS = (
@@ -159,12 +149,6 @@ def table(whole: Comparison, arms: Any) -> Iterator[str]:
         losses, bleus = [run.loss for run in runs], [run.bleu for run in runs]
         scores = f"{spread(losses, 2)} | {spread(bleus, 1)} | {', '.join(f'{one:.1f}' for one in bleus)}"
         yield f"| {arm.name} | {runs[0].trained:,} | {runs[0].rate:g}{edge} | {scores} |"
-
-
-def spread(numbers: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    apart = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.{digits}f}{apart}"
 
 
 def best_rate(whole: Comparison, arm: Arm) -> Iterator[Run]:

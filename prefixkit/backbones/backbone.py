@@ -142,14 +142,15 @@ class Backbone(ABC):
         """
         inputs = (input_ids, attention_mask, labels, prefix)
         output = Output(self.model)
-        with changed(self.model, prefix):
-            with output.kept() as kept:
-                row = self.target_logits(*inputs)
-            if self._output_known is None:
-                self._output_known = output.matches(kept[0], row)
-            if self._output_known:
-                yield output.targets(kept[0], row)
-                return
+        if self._output_known is not False:
+            with changed(self.model, prefix):
+                with output.kept() as kept:
+                    row = self.target_logits(*inputs)
+                if self._output_known is None:
+                    self._output_known = output.matches(kept[0], row)
+                if self._output_known:
+                    yield output.targets(kept[0], row)
+                    return
         logits = self.target_logits(*inputs)
         yield Targets(logits, lambda some: some, logits.shape[-1])
 

@@ -47,9 +47,9 @@ def sweep(
     from prefixkit.cli.sweep_display import SweepDisplay
     from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.training.grid import axes
-    from prefixkit.training.sweep import BEST, best_of
+    from prefixkit.training.sweep import BEST
     from prefixkit.training.sweep import sweep as run
-    from prefixkit.training.trials import RESULTS
+    from prefixkit.training.trials import RESULTS, best_of
 
     quiet_transformers()
     with SweepDisplay() as display:

@@ -93,9 +93,8 @@ def _by_length(rows: Sequence[Any], batch_size: int) -> Iterator[tuple[int, list
 
 def log_likelihoods(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
     """[batch]: the summed log-likelihood of each row's target."""
-    labels = batch.labels.to(backbone.device)
-    tokens, mask = batch.input_ids.to(backbone.device), batch.attention_mask.to(backbone.device)
-    logits = backbone.target_logits(tokens, mask, labels, received)
-    chosen = labels != IGNORED
-    each = -F.cross_entropy(logits.float(), labels[chosen], reduction="none")
-    return torch.zeros(len(labels), device=each.device).index_add(0, chosen.nonzero()[:, 0], each).cpu()
+    batch = batch.to(backbone.device)
+    logits = backbone.target_logits(batch.input_ids, batch.attention_mask, batch.labels, received)
+    chosen = batch.labels != IGNORED
+    each = -F.cross_entropy(logits.float(), batch.labels[chosen], reduction="none")
+    return torch.zeros(batch.examples, device=each.device).index_add(0, chosen.nonzero()[:, 0], each).cpu()

@@ -37,12 +37,11 @@ def word_scores(
     received = backbone.fold(received) if received is not None else None
     scores: list[Tensor] = []
     for start in range(0, len(rows), batch_size):
-        batch = collate_masked(rows[start : start + batch_size])
+        batch = collate_masked(rows[start : start + batch_size]).to(backbone.device)
         if batch.target_tokens > batch.examples:
             where, found = examples[start].where, "several"
             raise DataError(where, expected="targets of one token, which can be ranked", found=found)
-        ids, mask, labels = (each.to(backbone.device) for each in (batch.input_ids, batch.attention_mask, batch.labels))
-        logits = backbone.target_logits(ids, mask, labels, received).float()
+        logits = backbone.target_logits(batch.input_ids, batch.attention_mask, batch.labels, received).float()
         scores.append(torch.log_softmax(logits, dim=-1).cpu())
         done(start + batch.examples)
     return torch.cat(scores)

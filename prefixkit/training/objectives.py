@@ -73,9 +73,8 @@ def _wanted(backbone: Backbone, batch: Batch) -> Tensor:
 
 
 def _targets(backbone: Backbone, batch: Batch, received: Injection | None) -> AbstractContextManager[Targets]:
-    device = backbone.device
-    tokens, mask, labels = batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
-    return backbone.targets(tokens, mask, labels, laid(backbone, batch, received))
+    batch = batch.to(backbone.device)
+    return backbone.targets(batch.input_ids, batch.attention_mask, batch.labels, laid(backbone, batch, received))
 
 
 def cross_entropy_sum(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -109,11 +109,10 @@ def _backward(
     backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[KeyValuePrefix], shares: Tensor
 ) -> Tensor:
     """Add the gradients of `rows` to `leaves`; gives each run's summed loss, in nats."""
-    batch = collate([example for _, example in rows])
-    ids, mask, labels = (each.to(backbone.device) for each in (batch.input_ids, batch.attention_mask, batch.labels))
+    batch: Batch = collate([example for _, example in rows]).to(backbone.device)
     owner = torch.tensor([index for index, _ in rows], device=backbone.device)
-    learnt = labels != IGNORED
-    wanted, owners = labels[learnt], layout.owners(batch, owner)[learnt]
+    learnt = batch.labels != IGNORED
+    wanted, owners = batch.labels[learnt], layout.owners(batch, owner)[learnt]
     weights = shares.to(backbone.device)[owners]
     sums = torch.zeros(len(shares), dtype=torch.float64, device=backbone.device)
 
@@ -122,7 +121,9 @@ def _backward(
         sums.index_add_(0, owners[part], each.detach().double())
         return (each * weights[part].to(each.dtype)).sum()
 
-    with backbone.targets(ids, mask, labels, layout.laid_several(batch, leaves, owner)) as targets:
+    with backbone.targets(
+        batch.input_ids, batch.attention_mask, batch.labels, layout.laid_several(batch, leaves, owner)
+    ) as targets:
         targets.summed(loss_of).backward()  # type: ignore[no-untyped-call]
     return sums.cpu()
 

@@ -7,7 +7,6 @@ goes to the better one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError, PrefixkitError
+from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop, side_by_side, trials
 from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data
@@ -23,7 +23,7 @@ from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.preparation import device
 from prefixkit.training.progress import Listener, Silence
-from prefixkit.training.trials import Hearing, Trial
+from prefixkit.training.trials import Hearing, Trial, best_of
 
 BEST = "best.safetensors"
 
@@ -92,12 +92,6 @@ def sweep(
         raise PrefixkitError(model.config.model_type, expected="frozen weights", found="weights that changed")
     _keep_best(folder, found)
     return found
-
-
-def best_of(found: Sequence[Trial]) -> Trial | None:
-    """The trial of the best validation; None where all diverged."""
-    ended = [trial for trial in found if trial.status == "finished"]
-    return min(ended, key=lambda trial: trial.score, default=None)
 
 
 @contextmanager
@@ -216,6 +210,4 @@ def _halve(found: Sequence[Trial], keep: Callable[[], None]) -> None:
 def _keep_best(folder: Path, found: Sequence[Trial]) -> None:
     best = best_of(found)
     if best is not None:
-        temporary = folder / f".{BEST}.tmp"
-        shutil.copyfile(best.prepared.config.output, temporary)
-        temporary.replace(folder / BEST)
+        write_bytes(folder / BEST, Path(best.prepared.config.output).read_bytes())

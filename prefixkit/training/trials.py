@@ -117,10 +117,15 @@ def resume(trial: Trial, known: Mapping[str, Any]) -> None:
         trial.state = State(step=known["steps"], best_loss=loss, best_score=score, best_step=step)
 
 
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The trial of the best validation among those that came to their end; None where there is none."""
+    ended = [trial for trial in trials if trial.status == "finished"]
+    return min(ended, key=lambda trial: trial.score, default=None)
+
+
 def write(folder: Path, grid: Mapping[str, Sequence[Any]], trials: Sequence[Trial]) -> None:
     """Write the file of results; the best of the trials that ended is named."""
-    ended = [trial for trial in trials if trial.status == "finished"]
-    best = min(ended, key=lambda trial: trial.score, default=None)
+    best = best_of(trials)
     stored = {
         "version": 1,
         "grid": {key: list(values) for key, values in grid.items()},

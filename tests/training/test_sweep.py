@@ -15,8 +15,8 @@ from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
 from prefixkit.training import loop
 from prefixkit.training.grid import axes, points
-from prefixkit.training.sweep import BEST, Quiet, best_of, rungs, sweep
-from prefixkit.training.trials import RESULTS, Trial
+from prefixkit.training.sweep import BEST, Quiet, rungs, sweep
+from prefixkit.training.trials import RESULTS, Trial, best_of
 from tests.training.test_loop import settings
 
 Folder = Callable[..., Path]
