@@ -174,7 +174,8 @@ class Attachment:
         injected = Injected(keys=prefix.keys, values=prefix.values, masks=self.masks)
         # Given a mask of four dimensions the model makes none of its own; ours take its place.
         stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=prefix.positions.device)
-        return {"position_ids": prefix.positions, "attention_mask": stand_in, KEYWORD: injected}
+        positions = prefix.positions + first_position(self.model)
+        return {"position_ids": positions, "attention_mask": stand_in, KEYWORD: injected}
 
     def _slots(self, tokens: Any, keywords: dict[str, Any]) -> Tensor | None:
         """[batch, text]: `slots` for the text so far. What is written behind a prompt is none, in each of its beams."""

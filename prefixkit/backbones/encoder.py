@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
+from prefixkit.backbones.attention import look
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.encoder_layers import key_values_in
-from prefixkit.backbones.geometry import reader_of
+from prefixkit.backbones.geometry import one_input, reader_of
 from prefixkit.backbones.hidden import added, fold_hidden
+from prefixkit.backbones.packed import masks
 from prefixkit.backbones.positions import first_position, refuse_unplaceable
 from prefixkit.backbones.slots import filled, in_slots, token_vectors
 from prefixkit.errors import BackboneError, MismatchError
@@ -28,6 +30,7 @@ from prefixkit.injections import (
     Injection,
     KeyValuePrefix,
     One,
+    PackedPrefixes,
     Received,
     Several,
     joined,
@@ -56,6 +59,11 @@ class Encoder(Backbone):
     @cached_property
     def _attachment(self) -> Attachment:
         return Attachment(self.model)
+
+    @cached_property
+    def _windows(self) -> set[int | None]:
+        """Of its layers' attention."""
+        return {layer.window for layer in look(self.release(), one_input(self.model))}
 
     @property
     def context_length(self) -> int | None:
@@ -111,12 +119,15 @@ class Encoder(Backbone):
     @contextmanager
     def injected(self, received: Received | None) -> Iterator[PreTrainedModel]:
         """The model with the keys, values and deltas of `received` in it, for the length of a `with` block."""
-        self._attachment.method = self._method(received)
+        made = (
+            masks(received, self._windows, self.model, causal=False) if isinstance(received, PackedPrefixes) else None
+        )
+        self._attachment.method, self._attachment.masks = self._method(received), made
         try:
             with changed(self.model, received):
                 yield self.model
         finally:
-            self._attachment.method = None
+            self._attachment.method = self._attachment.masks = None
 
     def _method(self, received: Received | None) -> MakesPrefix | None:
         if isinstance(received, Several):
@@ -166,19 +177,27 @@ class Encoder(Backbone):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         prompt, hidden = part_of(received, EmbeddingPrompt), _adding(received)
         keywords: dict[str, Any] = {"attention_mask": with_rows(mask, prompt, 1)}
-        keywords |= {name: with_rows(types, prompt) for name, types in self.token_types(ids).items()}
+        examples = received.examples if isinstance(received, PackedPrefixes) else None
+        keywords |= {name: with_rows(types, prompt) for name, types in self.token_types(ids, examples).items()}
         keywords |= {"input_ids": ids} if prompt is None else {"inputs_embeds": self._vectors(ids, prompt)}
         places = None if hidden is None else with_rows(_places(ids, hidden), prompt)
         with self.injected(received), added(self.model, hidden, places):
             yield keywords
 
-    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
-        """`token_type_ids`, for models that have types: 0 up to the first separator, 1 behind it."""
+    def token_types(self, ids: Tensor, examples: Tensor | None = None) -> dict[str, Tensor]:
+        """`token_type_ids`, for models that have types: 0 up to the first separator, 1 behind it.
+
+        Args:
+            examples: of a packed row, [seq], which example a token is of; each has types of its own.
+        """
         separator = self.separator_id
         if getattr(self.model.config, "type_vocab_size", 0) < 2 or separator is None:
             return {}
         separators = (ids == separator).long()
-        return {"token_type_ids": (separators.cumsum(1) - separators).clamp(max=1)}
+        before = separators.cumsum(1) - separators
+        if examples is not None:
+            before = before - before[:, torch.searchsorted(examples, examples)]
+        return {"token_type_ids": before.clamp(max=1)}
 
     @cached_property
     def separator_id(self) -> int | None:

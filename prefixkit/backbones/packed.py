@@ -1,7 +1,8 @@
-"""Attention in a packed row: a token sees its own example up to itself, and the slots of its own prefix.
+"""Attention in a packed row: a token sees the slots of its own prefix, and its own example: in a decoder up to itself.
 
-One rule, `visible`, says who sees whom. On CUDA it goes into FlexAttention (Dong et al. 2024, arXiv 2412.05496), which
-skips whatever block of the row holds nothing to see; elsewhere, where that has no backward pass, it is written out.
+One rule says who sees whom, `visible` in a decoder and `around` in an encoder. On CUDA it goes into FlexAttention (Dong
+et al. 2024, arXiv 2412.05496), which skips whatever block of the row holds nothing to see; elsewhere, where that has no
+backward pass, it is written out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the attention of a decoder cannot keep the examples of a packed row apart; None where it can."""
+    """Why the attention of a model cannot keep the examples of a packed row apart; None where it can."""
     if not takes_positions(model):
         return "it takes no position ids"
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
@@ -40,11 +41,17 @@ def obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-def masks(packed: PackedPrefixes, windows: Iterable[int | None], model: PreTrainedModel) -> dict[int | None, Mask]:
-    """The mask of the layers with each of the sliding `windows`, as the attention of `model` wants it."""
+def masks(
+    packed: PackedPrefixes, windows: Iterable[int | None], model: PreTrainedModel, *, causal: bool = True
+) -> dict[int | None, Mask]:
+    """The mask of the layers with each of the sliding `windows`, as the attention of `model` wants it.
+
+    Args:
+        causal: tokens do not see what follows them, as in a decoder.
+    """
     if _in_blocks(model):
-        return {window: blocks(packed, window) for window in windows}
-    made = {window: dense(packed, window) for window in windows}
+        return {window: blocks(packed, window, causal) for window in windows}
+    made = {window: dense(packed, window, causal) for window in windows}
     if model.config._attn_implementation.endswith("sdpa"):
         return dict(made)
     lowest = torch.finfo(model.dtype).min
@@ -71,35 +78,54 @@ def visible(packed: PackedPrefixes, window: int | None) -> Visible:
     return sees
 
 
+def around(packed: PackedPrefixes, window: int | None) -> Visible:
+    """Who sees whom in both directions; a window is one of the text alone, all of whose tokens see their prefix."""
+    owner, example = _columns(packed)
+    place = torch.cat([packed.slot_places, packed.places])
+    reach = torch.full_like(packed.places, len(packed.places) if window is None else window)
+
+    def sees(_batch: Any, _head: Any, query: Tensor, column: Tensor) -> Tensor:
+        near = (place[column] - packed.places[query]).abs() < reach[query]
+        return (packed.owners[query] == owner[column]) | ((packed.examples[query] == example[column]) & near)
+
+    return sees
+
+
 def _columns(packed: PackedPrefixes) -> tuple[Tensor, Tensor]:
     """[slots + seq] each: the owners of slots and the examples of tokens, -1 where the other stands."""
     slots, tokens = torch.full_like(packed.slot_owners, -1), torch.full_like(packed.examples, -1)
     return torch.cat([packed.slot_owners, tokens]), torch.cat([slots, packed.examples])
 
 
-def dense(packed: PackedPrefixes, window: int | None) -> Tensor:
-    """`visible` for all pairs, [1, 1, seq, slots + seq]."""
+def dense(packed: PackedPrefixes, window: int | None, causal: bool = True) -> Tensor:
+    """`visible` or `around` for all pairs, [1, 1, seq, slots + seq]."""
     queries = torch.arange(len(packed.examples), device=packed.examples.device)
     columns = torch.arange(packed.length + len(queries), device=queries.device)
-    return visible(packed, window)(0, 0, queries[:, None], columns)[None, None]
+    return _rule(causal)(packed, window)(0, 0, queries[:, None], columns)[None, None]
 
 
-def blocks(packed: PackedPrefixes, window: int | None) -> BlockMask:
-    """`visible` for FlexAttention: which blocks hold anything to see, read off what each begins and ends with.
+def _rule(causal: bool) -> Callable[[PackedPrefixes, int | None], Visible]:
+    return visible if causal else around
 
-    All pairs are never written out: of a row of 16384 tokens they would be 256 MiB.
+
+def blocks(packed: PackedPrefixes, window: int | None, causal: bool = True) -> BlockMask:
+    """`visible` or `around` for FlexAttention: which blocks hold anything to see.
+
+    That is read off what each begins and ends with. All pairs are never written out: of a row of 16384 tokens they
+    would be 256 MiB.
     """
     owner, example = _columns(packed)
     seen = _overlap(packed.owners, owner) | _overlap(packed.examples, example)
     rows, columns = (torch.arange(length, device=seen.device) * _BLOCK for length in seen.shape)
-    # No block of the row that begins behind the last query.
-    seen = seen & (columns - packed.length < rows[:, None] + _BLOCK)
+    if causal:
+        # No block of the row that begins behind the last query.
+        seen = seen & (columns - packed.length < rows[:, None] + _BLOCK)
     order = seen.int().argsort(dim=-1, descending=True, stable=True)
     made: BlockMask = BlockMask.from_kv_blocks(
         seen.sum(-1, dtype=torch.int32)[None, None],
         order.int()[None, None],
         BLOCK_SIZE=_BLOCK,
-        mask_mod=visible(packed, window),
+        mask_mod=_rule(causal)(packed, window),
         seq_lengths=(len(packed.examples), len(owner)),
     )
     return made

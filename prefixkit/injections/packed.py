@@ -1,5 +1,5 @@
 """The prefixes of a packed row: examples one after the other in a single row, each with its own. No method makes it, no
-file holds it: it is what a decoder is handed.
+file holds it: it is what a backbone is handed.
 """
 
 from __future__ import annotations

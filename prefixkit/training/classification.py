@@ -16,6 +16,7 @@ from prefixkit.data.readers import Example
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.task import ModelTokenizer, encode_prompt, encode_target
+from prefixkit.training import layout
 from prefixkit.training.examples import collate_for
 
 
@@ -92,9 +93,11 @@ def _by_length(rows: Sequence[Any], batch_size: int) -> Iterator[tuple[int, list
 
 
 def log_likelihoods(backbone: Backbone, batch: Batch, received: Injection | None) -> Tensor:
-    """[batch]: the summed log-likelihood of each row's target."""
+    """[batch]: the summed log-likelihood of each example's target."""
     batch = batch.to(backbone.device)
-    logits = backbone.target_logits(batch.input_ids, batch.attention_mask, batch.labels, received)
+    laid = layout.laid(backbone, batch, received)
+    logits = backbone.target_logits(batch.input_ids, batch.attention_mask, batch.labels, laid)
     chosen = batch.labels != IGNORED
     each = -F.cross_entropy(logits.float(), batch.labels[chosen], reduction="none")
-    return torch.zeros(batch.examples, device=each.device).index_add(0, chosen.nonzero()[:, 0], each).cpu()
+    number = layout.owners(batch, torch.arange(batch.examples, device=each.device))[chosen]
+    return torch.zeros(batch.examples, device=each.device).index_add(0, number, each).cpu()

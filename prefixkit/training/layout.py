@@ -6,7 +6,8 @@ does not see; on a CPU rows of like length are faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from prefixkit.backbones import packed
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import Batch, Collate
-from prefixkit.data.packing import PackedBatch, pack
+from prefixkit.data.packing import PackedBatch, pack, pack_inputs, pack_masked
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
-from prefixkit.injections import Injection, KeyValuePrefix, Received, Several, packed_prefixes, part_of, row_prefixes
+from prefixkit.injections import (
+    Injection,
+    KeyValuePrefix,
+    Received,
+    Several,
+    TaskHead,
+    packed_prefixes,
+    part_of,
+    parts_of,
+    row_prefixes,
+)
 from prefixkit.training.examples import collate_for
 
 
@@ -41,36 +52,72 @@ def chosen(
     reason = obstacle(task, backbone, given)
     if reason is not None and layout == "packed":
         raise ConfigError("layout", expected="what can be packed", found=reason, next_step="use layout=padded")
-    return (pack, None) if reason is None else (padded, f"batches are padded: no packed row for {reason}")
+    if reason is not None:
+        return padded, f"batches are padded: no packed row for {reason}"
+    if task.answer is not None:
+        return partial(pack_inputs, collate=padded), None
+    return (pack_masked if backbone.kind == "encoder" else pack), None
 
 
 def _packs_faster(backbone: Backbone) -> bool:
     return backbone.device.type == "cuda"
 
 
+def packs(collate: Collate) -> bool:
+    """Whether batches that `collate` makes of texts and words lie in a packed row."""
+    return collate in (pack, pack_masked)
+
+
 def obstacle(task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]) -> str | None:
     """Why examples cannot lie in a packed row; None where they can."""
     family = backbone.identity.family
-    if backbone.kind != "decoder" or task.answer is not None:
-        return "what is no decoder that writes"
+    if task.image is not None:
+        return f"{family}, whose inputs all have one length"
+    if backbone.paired:
+        # Of their own each: cross-attention would need a third mask, and T5's bias one for each head.
+        return f"{family}, whose prompts and targets are two sequences"
     if not uses_registry(backbone.model):
         return f"{family}, whose attention goes its own way in transformers"
     reason = packed.obstacle(backbone.model)
     if reason is not None:
         return f"{family}: {reason}"
-    received = [backbone.fold(one) for one in given if one is not None]
-    if all(isinstance(one, KeyValuePrefix) and one.placement == "prepend" for one in received):
+    if all(_is_prefix(backbone.fold(one)) for one in given if one is not None):
         return None
     return "something else than keys and values before the text"
+
+
+def _is_prefix(received: Injection) -> bool:
+    """Whether it is keys and values before the text, and at most a head behind it."""
+    prefix = part_of(received, KeyValuePrefix)
+    others = [part for part in parts_of(received) if part is not prefix]
+    alone = all(isinstance(part, TaskHead) for part in others)
+    return prefix is not None and prefix.placement == "prepend" and alone
+
+
+def states(backbone: Backbone, inputs: Mapping[str, Tensor], received: Injection | None) -> Tensor:
+    """The final states [batch, seq, hidden] of `inputs` in padded rows, however they lie."""
+    if "segments" not in inputs:
+        return backbone.states(inputs, received)
+    segments, mask = inputs["segments"], inputs["attention_mask"].bool()
+    row = {"input_ids": inputs["input_ids"], "attention_mask": (segments >= 0).long()}
+    owner = torch.zeros(len(mask), dtype=torch.long, device=backbone.device)
+    prefixes = packed_prefixes([_prefix(backbone, received)], owner, segments, inputs["positions"])
+    found = backbone.states(row, prefixes)[0, segments[0] >= 0]
+    return found.new_zeros(*mask.shape, found.shape[1]).index_put(mask.nonzero(as_tuple=True), found)
 
 
 def laid(backbone: Backbone, batch: Any, received: Injection | None) -> Received | None:
     """`received` as a backbone takes it beside `batch`."""
     if not isinstance(batch, PackedBatch):
         return received
+    owner = torch.zeros(batch.examples, dtype=torch.long, device=backbone.device)
+    return laid_several(batch, [_prefix(backbone, received)], owner)
+
+
+def _prefix(backbone: Backbone, received: Injection | None) -> KeyValuePrefix:
     prefix = part_of(None if received is None else backbone.fold(received), KeyValuePrefix)
     assert prefix is not None, "without one the examples of a row would see each other"
-    return laid_several(batch, [prefix], torch.zeros(batch.examples, dtype=torch.long, device=backbone.device))
+    return prefix
 
 
 def laid_several(batch: Batch, prefixes: Sequence[KeyValuePrefix], owner: Tensor) -> Several:

@@ -16,6 +16,7 @@ from prefixkit.errors import InputError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection, TaskHead, part_of
 from prefixkit.task import input_fields
+from prefixkit.training import layout
 from prefixkit.training.metrics.answers import answer_scores
 from prefixkit.training.metrics.classification import accuracy, classification_scores
 from prefixkit.training.metrics.tagging import tagging_scores
@@ -37,7 +38,7 @@ def outputs_of(backbone: Backbone, batch: Any, received: Injection | None) -> Te
     if head is None:
         raise InputError("prefix", expected="a task head", found="none", next_step="train one for this task")
     inputs = {name: tensor.to(backbone.device) for name, tensor in batch.inputs.items()}
-    return read(head, backbone.states(inputs, received), inputs.get("attention_mask"))
+    return read(head, layout.states(backbone, inputs, received), inputs.get("attention_mask"))
 
 
 def scores_of(task: TaskRecord, examples: Sequence[Any], chosen: Sequence[list[int]]) -> dict[str, float]:

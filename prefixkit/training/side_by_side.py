@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import IGNORED, Batch, Collate
-from prefixkit.data.packing import pack
 from prefixkit.injections import KeyValuePrefix, part_of
 from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.training import layout, loop
@@ -69,7 +68,7 @@ def step(runs: Sequence[Run]) -> list[Step]:
     shares = torch.tensor([_share(run, batch) for run, batch in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
     rows = [(index, example) for index, run in enumerate(runs) for example in _examples(run)]
-    passes = in_turn if collate is pack else alike
+    passes = in_turn if layout.packs(collate) else alike
     for together in passes(rows, MOST.get(backbone.device.type, MOST["cpu"])):
         sums += _backward(backbone, collate, together, leaves, shares)
     _through(made, leaves)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixkit.backbones.decoder import Decoder
-from prefixkit.backbones.load import load_backbone
 from prefixkit.data.batches import IGNORED, Batch, EncodedExample, collate
 from prefixkit.data.packing import PackedBatch, pack
 from prefixkit.errors import BackboneError
@@ -19,7 +17,6 @@ from prefixkit.injections import KeyValuePrefix, PackedPrefixes, Several, packed
 from tests.architectures import CONFIGS, tiny
 from tests.backbones.test_decoder import EFFECT, wrap
 from tests.backbones.test_rows import THROUGH_CACHE, several
-from tests.encoders import encoder_folder
 from tests.ragged import alone, prompts, to_double
 
 FAMILIES = [family for family in CONFIGS if family not in THROUGH_CACHE]
@@ -152,15 +149,6 @@ def test_a_prefix_that_goes_through_the_cache_takes_no_packed_row(family: str) -
     batch = pack(examples())
     with pytest.raises(BackboneError, match="expected one prefix for all rows"):
         decoder.logits(batch.input_ids, prefix=packed(batch, several(decoder.model)))
-
-
-def test_an_encoder_takes_none_either(tmp_path: Path) -> None:
-    encoder = load_backbone(encoder_folder("bert", tmp_path / "bert"))
-    batch, prefix = pack(examples()), encoder.key_values_of([5, 6, 7])
-    assert isinstance(prefix, KeyValuePrefix)
-    inputs = {"input_ids": batch.input_ids[:, :48], "attention_mask": batch.attention_mask[:, :48]}
-    with pytest.raises(BackboneError, match="expected padded rows; found a packed row; use padded batches"):
-        encoder.states(inputs, packed(batch, [prefix], OWNER * 0))
 
 
 def test_the_next_batch_may_be_padded_again() -> None:

@@ -7,21 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from prefixkit.data.batches import collate
-from prefixkit.data.packing import pack
+from prefixkit.data.masked import collate_masked
+from prefixkit.data.packing import pack, pack_masked
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
 from prefixkit.training import layout, loop
+from prefixkit.training.classification import log_likelihoods
 from prefixkit.training.objectives import Distillation
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.reading import answers
 from prefixkit.training.sweep import sweep
 from tests.architectures import tiny
 from tests.backbones.test_decoder import wrap
 from tests.backbones.test_packed import examples
+from tests.encoder_decoders import folder_of
+from tests.encoders import encoder_folder
 from tests.ragged import random_prefix, to_double
+from tests.training.test_answer_commands import TASKS
 from tests.training.test_loop import Interrupted, settings
 from tests.training.test_sweep import Presses, given
 
@@ -145,10 +152,61 @@ def test_a_sweep_says_it_once(
     assert sum("batches are padded: no packed row for falcon" in message for message in heard.messages) == 1
 
 
-def test_tasks_that_a_head_answers_are_padded(backbone_folder: Folder, tmp_path: Path) -> None:
-    data = tmp_path / "labels.jsonl"
-    rows = [{"text": f"the river {index}", "label": "ab"[index % 2]} for index in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"task": "classification", "method": {"name": "p-tuning-v2"}, "eval_data": None, "layout": "packed"}
-    with pytest.raises(ConfigError, match="found what is no decoder that writes"):
-        prepare(settings(backbone_folder("gpt2"), data, tmp_path / "p", **changes))
+@pytest.mark.parametrize("answer", TASKS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_what_a_head_answers_is_the_same(
+    backbone_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, answer: str
+) -> None:
+    # Heads answer in float32, which would round float64 away.
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    folder = backbone_folder("gpt2") if family == "gpt2" else encoder_folder(family, tmp_path / family)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(TASKS[answer][0](index)) + "\n" for index in range(12)))
+    changes = {"task": answer, "method": {"name": "p-tuning-v2", "length": 3}, "eval_data": None}
+    made = [prepare(settings(folder, data, tmp_path / "p", layout=one, **changes)) for one in ("packed", "padded")]
+    assert "segments" in made[0].batches.batch(0).inputs
+    (loss, found), (other, expected) = map(first_step, made)
+    assert loss == pytest.approx(other, rel=1e-10)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
+    # A bias that all choices, or all tokens, have in common moves none of them.
+    common = answer in ("multiple-choice", "question-answering")
+    assert sum(bool(one.abs().max() > 1e-6) for one in found) >= len(found) - common
+    chosen = [
+        answers(one.backbone, one.batches.examples, one.method(), one.batches.collate, batch_size=5) for one in made
+    ]
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("objective", ["vocabulary", "labels"])
+def test_words_at_a_mask_are_the_same(tmp_path: Path, objective: str) -> None:
+    folder, data, task = encoder_folder("roberta", tmp_path / "roberta"), tmp_path / "d.jsonl", tmp_path / "t.toml"
+    task.write_text('input_template = "{cls}{text} is {mask}"\n[verbalizer]\na = "x"\nb = "y"\n')
+    data.write_text("".join(json.dumps({"text": "the " * (1 + i), "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    changes = {"task": str(task), "objective": objective, "method": {"name": "p-tuning-v2", "length": 3}}
+    made = [prepare(settings(folder, data, tmp_path / "p", layout=one, **changes)) for one in ("packed", "padded")]
+    assert [one.batches.collate for one in made] == [pack_masked, collate_masked]
+    (loss, found), (other, expected) = map(first_step, made)
+    assert loss == pytest.approx(other, rel=1e-10)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
+    scores = [log_likelihoods(one.backbone, one.batches.batch(0), one.method()) for one in made]
+    assert torch.allclose(scores[0], scores[1], rtol=1e-5)
+    assert len(scores[0].unique()) > 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("bart", "bart, whose prompts and targets are two sequences"), ("vit", "vit, whose inputs all have one length")],
+)
+def test_pairs_and_images_stay_padded(records: Path, tmp_path: Path, kind: str, reason: str) -> None:
+    if kind == "vit":
+        folder, data = encoder_folder("vit", tmp_path / "vit"), tmp_path / "images.npz"
+        pixels = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)
+        np.savez(data, images=pixels, labels=np.arange(8) % 2)
+        changes: dict[str, Any] = {"method": {"name": "visual-prompt-tuning"}, "task": "images"}
+    else:
+        folder, data, changes = folder_of("bart", tmp_path / "bart"), records, {}
+    asked = settings(folder, data, tmp_path / "p", layout="packed", **{"eval_data": None, **changes})
+    with pytest.raises(ConfigError, match=f"expected what can be packed; found {reason}; use layout=padded"):
+        prepare(asked)
