@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import Batch, EncodedExample, TrainingBatches, collate
 from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import from_mapping
+from prefixkit.training.examples import Data
 from prefixkit.training.preparation import prepare
 from tests.bench.shapes import Setting
 
@@ -54,15 +56,20 @@ class Shuffled:
 class Ours:
     """What `prefixkit train` does between two validations."""
 
-    def __init__(self, setting: Setting, examples: Sequence[EncodedExample] | None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        examples: Sequence[EncodedExample] | None,
+        backbone: Backbone | None = None,
+        data: Data | None = None,
+    ) -> None:
         output = Path(tempfile.gettempdir()) / "training-bench.safetensors"
-        self.prepared = prepare(from_mapping(setting.config(output)))
-        if examples is not None:
-            own = self.prepared.batches
-            self.prepared.batches = TrainingBatches(
-                examples, batch_size=setting.batch_size, seed=setting.seed, collate=own.collate
-            )
-        self.plan: TrainingBatches | Shuffled = self.prepared.batches
+        self.prepared = prepare(from_mapping(setting.config(output)), backbone, data)
+        own = self.prepared.batches
+        rows, how = examples or own.examples, {"batch_size": setting.batch_size, "seed": setting.seed}
+        self.prepared.batches = TrainingBatches(rows, collate=own.collate, **how)
+        # The same for the others, who read padded rows.
+        self.plan: TrainingBatches | Shuffled = TrainingBatches(rows, **how)
         self.optimizer, self.state = loop.make_optimizer(self.prepared), State()
 
     @property

@@ -84,16 +84,16 @@ class _Resident:
 
     def first_step_is_done(self) -> None:
         """From here on nothing is compiled or loaded."""
-        self.peak = _of_process("VmHWM")
+        self.peak = of_process("VmHWM")
         self.after_first = _forget_peak()
 
     def figures(self) -> dict[str, float]:
         """The peaks, above the weights and above what stays after a step."""
-        peak = _of_process("VmHWM")
+        peak = of_process("VmHWM")
         return {"peak": max(peak, self.peak) - self.before, "later": peak - self.after_first}
 
 
-def _of_process(key: str) -> float:
+def of_process(key: str) -> float:
     """`VmRSS` or `VmHWM` of this process, in MiB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
@@ -104,7 +104,7 @@ def _forget_peak() -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _of_process("VmRSS")
+    return of_process("VmRSS")
 
 
 class _Allocated:

@@ -47,10 +47,11 @@ def alternate(turns: Turns, rounds: int) -> dict[str, list[float]]:
 
 def compare(case: str, metric: str, found: Mapping[str, Sequence[float]], ours: str = "ours") -> list[Row]:
     """Ours against every peer, round by round."""
-    return [_row(case, metric, found[ours], values, name) for name, values in found.items() if name != ours]
+    return [row(case, metric, found[ours], values, name) for name, values in found.items() if name != ours]
 
 
-def _row(case: str, metric: str, ours: Sequence[float], peer: Sequence[float], name: str) -> Row:
+def row(case: str, metric: str, ours: Sequence[float], peer: Sequence[float], name: str) -> Row:
+    """Ours against the peer of that `name`, round by round."""
     ratios = [one / other for one, other in zip(ours, peer, strict=True)]
     return Row(case, metric, median(ours), median(peer), name, median(ratios), (min(ratios), max(ratios)))
 
@@ -61,10 +62,10 @@ def table(rows: Iterable[Row]) -> str:
         "| case | measure | ours | peer | | ours / peer | least to greatest |",
         "|---|---|---:|---:|---|---:|---:|",
     ]
-    for row in rows:
-        values = f"{_short(row.ours)} | {_short(row.peer)} | {row.peer_name}"
-        low, high = row.spread
-        lines.append(f"| {row.case} | {row.metric} | {values} | {row.ratio:.3f} | {low:.3f} to {high:.3f} |")
+    for one in rows:
+        values = f"{_short(one.ours)} | {_short(one.peer)} | {one.peer_name}"
+        low, high = one.spread
+        lines.append(f"| {one.case} | {one.metric} | {values} | {one.ratio:.3f} | {low:.3f} to {high:.3f} |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixkit.data.batches import EncodedExample, encode_examples
 from prefixkit.data.readers import read_examples
-from prefixkit.quickstart import BACKBONE
+from prefixkit.quickstart import BACKBONE, E2E
 from prefixkit.task import load_task, load_tokenizer
 
 GPT2_30M = {"model_type": "gpt2", "n_layer": 8, "n_embd": 512, "n_head": 8, "n_positions": 512, "vocab_size": 8192}
@@ -32,8 +32,17 @@ QWEN3_600M = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-_SIGMA = 0.5
-"""The spread of log-lengths: E2E's own examples have about 0.3, instructions and answers more."""
+LLAMA3_8B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,20 @@ class Setting:
 
     Attributes:
         mean: tokens of an example, on average, lengths lognormal and half of each labels; None takes `data`.
+        spread: of the logarithms of lengths: E2E's own examples have about 0.3, instructions and answers more.
         length: prefix slots.
+        layout: of our batches.
+        held_out: validation data, for the case that needs some.
     """
 
     backbone: str
     data: str
     batch_size: int
     mean: int | None = None
+    spread: float = 0.5
     length: int = 16
+    layout: str = "padded"
+    held_out: str = str(E2E / "valid.jsonl")
     device: str = "cpu"
     dtype: str = "float32"
     lr: float = 0.01
@@ -74,6 +89,7 @@ class Setting:
             "seed": self.seed,
             "device": self.device,
             "dtype": self.dtype,
+            "layout": self.layout,
             "method": {"length": self.length, "init": "random"},
             "optimizer": {"lr": self.lr, "schedule": "constant"},
         }
@@ -82,21 +98,23 @@ class Setting:
 def examples(setting: Setting) -> list[EncodedExample]:
     """What every contender trains on."""
     if setting.mean is not None:
-        return _lognormal(setting.mean, setting.batch_size * 256, setting.seed)
+        return _lognormal(setting.mean, setting.spread, setting.batch_size * 256, setting.seed)
     tokenizer = load_tokenizer(setting.backbone)
     task = load_task("e2e", tokenizer, max_length=512 - setting.length, kind="decoder")
     return encode_examples(task, tokenizer, read_examples(setting.data))
 
 
-def _lognormal(mean: int, count: int, seed: int) -> list[EncodedExample]:
+def _lognormal(mean: int, spread: float, count: int, seed: int) -> list[EncodedExample]:
     draw = np.random.default_rng(seed)
-    lengths = np.exp(draw.normal(math.log(mean) - _SIGMA**2 / 2, _SIGMA, count)).round().clip(4, 6 * mean).astype(int)
+    lengths = np.exp(draw.normal(math.log(mean) - spread**2 / 2, spread, count)).round().clip(4, 6 * mean).astype(int)
     rows = (draw.integers(8192, size=length).tolist() for length in lengths)
     return [EncodedExample(tuple(row[: len(row) // 2]), tuple(row[len(row) // 2 :])) for row in rows]
 
 
-def make_backbone(shape: Mapping[str, Any], folder: Path, dtype: str = "float32", seed: int = 0) -> str:
-    """Write random weights of `shape` to `folder`, with the tokenizer of the embedded backbone.
+def make_backbone(
+    shape: Mapping[str, Any], folder: Path, dtype: str = "float32", seed: int = 0, *, weights: bool = True
+) -> str:
+    """Write random weights of `shape` to `folder`, with the tokenizer of the embedded backbone; or no weights.
 
     Dropout is off, as all contenders compute the same.
     """
@@ -105,7 +123,10 @@ def make_backbone(shape: Mapping[str, Any], folder: Path, dtype: str = "float32"
     family = own.pop("model_type")
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
     config = AutoConfig.for_model(family, **own, **dropout, bos_token_id=0, eos_token_id=0)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    if weights:
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BACKBONE / name, folder / name)
     return str(folder)

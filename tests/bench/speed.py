@@ -29,6 +29,9 @@ class Amount:
         equal: steps on the same batches before the first turn, after which losses must agree.
         fresh: processes for memory and the time to the first step, a contender.
         compiled: whether torch.compile is tried for PEFT at its best; it takes minutes on a CPU.
+        epochs: of a run on the wall clock.
+        held_out: validation examples of such a run, at most.
+        prefixes: of a sweep.
     """
 
     rounds: int
@@ -36,6 +39,9 @@ class Amount:
     equal: int
     fresh: int
     compiled: bool = True
+    epochs: float = 5.0
+    held_out: int = 512
+    prefixes: int = 16
 
 
 Tell = Callable[[str], None]
@@ -49,7 +55,7 @@ def measure(case: str, setting: Setting, amount: Amount, tell: Tell) -> list[Row
     """
     found = _Contenders(setting, amount, tell)
     rows = compare(case, f"loss after {amount.equal} equal steps", found.agree(amount.equal))
-    _refuse_unequal(rows, AGREE[setting.dtype])
+    refuse_unequal(rows, AGREE[setting.dtype])
     found.choose_best(amount.steps)
     rates = alternate({name: found.turn(name, amount.steps) for name in found.all}, amount.rounds)
     rows += compare(case, "real tokens a second", rates)
@@ -64,7 +70,8 @@ def measure(case: str, setting: Setting, amount: Amount, tell: Tell) -> list[Row
     return rows
 
 
-def _refuse_unequal(rows: list[Row], tolerance: float) -> None:
+def refuse_unequal(rows: list[Row], tolerance: float) -> None:
+    """Raise SystemExit where a ratio of `rows` is further from 1."""
     for row in rows:
         if abs(row.ratio - 1) > tolerance:
             raise SystemExit(
@@ -122,12 +129,13 @@ class _Contenders:
         def take(number: int) -> float:
             first = begin + number * steps
             self.next_step = max(self.next_step, first + steps)
-            return _rate(self.all[name], range(first, first + steps))
+            return rate(self.all[name], range(first, first + steps))
 
         return take
 
 
-def _rate(one: Any, numbers: range) -> float:
+def rate(one: Any, numbers: range) -> float:
+    """Real tokens a second of steps of a contender."""
     began = time.perf_counter()
     done = [one.step(number) for number in numbers]
     float(done[-1].loss)  # waits for the device
