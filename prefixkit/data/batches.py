@@ -43,6 +43,11 @@ class EncodedExample:
         """All its tokens."""
         return [*self.prompt, *self.target]
 
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that are learned."""
+        return len(self.target)
+
 
 @dataclass(frozen=True)
 class Batch:

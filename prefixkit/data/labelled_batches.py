@@ -32,6 +32,11 @@ class LabelledRow:
         """All its tokens."""
         return list(self.ids)
 
+    @property
+    def target_tokens(self) -> int:
+        """Labels that are learned."""
+        return sum(label != IGNORED for label in self.labels)
+
 
 @dataclass(frozen=True)
 class LabelledBatch:

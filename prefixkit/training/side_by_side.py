@@ -62,17 +62,17 @@ def step(runs: Sequence[Run]) -> list[Step]:
         runs: of one backbone, each of which `can_share`.
     """
     backbone, collate = runs[0].prepared.backbone, runs[0].prepared.batches.collate
-    batches = [run.prepared.batches.batch(run.state.step) for run in runs]
+    batches = [_examples(run) for run in runs]
     made = [_key_values(run.prepared) for run in runs]
     leaves = [_leaf(prefix) for prefix in made]
-    shares = torch.tensor([_share(run, batch) for run, batch in zip(runs, batches, strict=True)], dtype=torch.float64)
+    shares = torch.tensor([_share(run, own) for run, own in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
-    rows = [(index, example) for index, run in enumerate(runs) for example in _examples(run)]
+    rows = [(index, example) for index, own in enumerate(batches) for example in own]
     passes = in_turn if layout.packs(collate) else alike
     for together in passes(rows, MOST.get(backbone.device.type, MOST["cpu"])):
         sums += _backward(backbone, collate, together, leaves, shares)
     _through(made, leaves)
-    return [_update(run, batch, float(total)) for run, batch, total in zip(runs, batches, sums, strict=True)]
+    return [_update(run, own, float(total)) for run, own, total in zip(runs, batches, sums, strict=True)]
 
 
 def alike(rows: Rows, most: int) -> Iterator[Rows]:
@@ -151,19 +151,24 @@ def _through(made: Sequence[KeyValuePrefix], leaves: Sequence[KeyValuePrefix]) -
 
 
 def _examples(run: Run) -> list[Any]:
+    """The batch that is its turn's, before it is collated with those of others."""
     batches = run.prepared.batches
     return [batches.examples[index] for index in batches.indices(run.state.step)]
 
 
-def _share(run: Run, batch: Batch) -> float:
+def _share(run: Run, examples: Sequence[Any]) -> float:
     """What a token's loss counts in its run."""
-    return 1 / (batch.examples if run.prepared.config.optimizer.loss == "sum" else batch.target_tokens)
+    return 1 / (len(examples) if run.prepared.config.optimizer.loss == "sum" else _targets(examples))
 
 
-def _update(run: Run, batch: Batch, total: float) -> Step:
+def _targets(examples: Sequence[Any]) -> int:
+    return sum(example.target_tokens for example in examples)
+
+
+def _update(run: Run, examples: Sequence[Any], total: float) -> Step:
     prepared, state = run.prepared, run.state
     loop.set_rates(run.optimizer, loop.schedule(state.step, prepared))
     loop.update(prepared, run.optimizer, state.step)
-    state.last_loss = total / batch.target_tokens
+    state.last_loss = total / _targets(examples)
     state.step += 1
-    return Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens)
+    return Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=sum(map(len, examples)))

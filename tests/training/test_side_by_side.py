@@ -105,3 +105,14 @@ def test_packed_rows_stay_in_turn() -> None:
 def test_a_pass_has_an_end() -> None:
     rows = [(0, "x" * 100)] * 7 + [(1, "x" * 500)]
     assert [len(group) for group in side_by_side.alike(rows, 300)] == [3, 3, 1, 1]
+
+
+def test_nothing_is_collated_but_what_is_read(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, made = runs(backbone_folder("gpt2"), records, tmp_path), []
+    batches = together[0].prepared.batches
+    collate = batches.collate
+    monkeypatch.setattr(batches, "collate", lambda rows: made.append(len(rows)) or collate(rows))
+    side_by_side.step(together)
+    assert sum(made) == sum(len(run.prepared.batches.indices(0)) for run in together)
