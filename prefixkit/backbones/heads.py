@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +20,16 @@ def read(head: TaskHead, states: Tensor, attention_mask: Tensor | None = None) -
     """
     chosen = _chosen(head.reads, states, attention_mask)
     return F.linear(chosen, head.weight.to(chosen), head.bias.to(chosen)).float()
+
+
+def read_each(heads: Sequence[TaskHead], owner: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The same where row `i` is answered by `heads[owner[i]]`, all of one size, which read the same states."""
+    chosen = _chosen(heads[0].reads, states, attention_mask)
+    weight, bias = (
+        torch.stack(each).to(chosen)[owner] for each in ([one.weight for one in heads], [one.bias for one in heads])
+    )
+    outputs = torch.baddbmm(bias[:, None], chosen.view(len(owner), -1, chosen.shape[-1]), weight.mT)
+    return outputs.view(*chosen.shape[:-1], -1).float()
 
 
 def _chosen(reads: str, states: Tensor, mask: Tensor | None) -> Tensor:

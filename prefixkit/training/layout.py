@@ -64,8 +64,8 @@ def _packs_faster(backbone: Backbone) -> bool:
 
 
 def packs(collate: Collate) -> bool:
-    """Whether batches that `collate` makes of texts and words lie in a packed row."""
-    return collate in (pack, pack_masked)
+    """Whether the batches that `collate` makes lie in a packed row."""
+    return getattr(collate, "func", collate) in (pack, pack_masked, pack_inputs)
 
 
 def obstacle(task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]) -> str | None:
@@ -81,12 +81,12 @@ def obstacle(task: TaskRecord, backbone: Backbone, given: Iterable[Injection | N
     reason = packed.obstacle(backbone.model)
     if reason is not None:
         return f"{family}: {reason}"
-    if all(_is_prefix(backbone.fold(one)) for one in given if one is not None):
+    if all(is_prefix(backbone.fold(one)) for one in given if one is not None):
         return None
     return "something else than keys and values before the text"
 
 
-def _is_prefix(received: Injection) -> bool:
+def is_prefix(received: Injection) -> bool:
     """Whether it is keys and values before the text, and at most a head behind it."""
     prefix = part_of(received, KeyValuePrefix)
     others = [part for part in parts_of(received) if part is not prefix]
@@ -98,11 +98,20 @@ def states(backbone: Backbone, inputs: Mapping[str, Tensor], received: Injection
     """The final states [batch, seq, hidden] of `inputs` in padded rows, however they lie."""
     if "segments" not in inputs:
         return backbone.states(inputs, received)
+    owner = torch.zeros(len(inputs["attention_mask"]), dtype=torch.long, device=backbone.device)
+    return states_of_several(backbone, inputs, [_prefix(backbone, received)], owner)
+
+
+def states_of_several(
+    backbone: Backbone, inputs: Mapping[str, Tensor], prefixes: Sequence[KeyValuePrefix], owner: Tensor
+) -> Tensor:
+    """The same with `prefixes[owner[row]]` before each row; all of it is on the backbone's device."""
+    if "segments" not in inputs:
+        return backbone.states(inputs, row_prefixes(prefixes, owner))
     segments, mask = inputs["segments"], inputs["attention_mask"].bool()
     row = {"input_ids": inputs["input_ids"], "attention_mask": (segments >= 0).long()}
-    owner = torch.zeros(len(mask), dtype=torch.long, device=backbone.device)
-    prefixes = packed_prefixes([_prefix(backbone, received)], owner, segments, inputs["positions"])
-    found = backbone.states(row, prefixes)[0, segments[0] >= 0]
+    several = packed_prefixes(prefixes, owner, segments, inputs["positions"])
+    found = backbone.states(row, several)[0, segments[0] >= 0]
     return found.new_zeros(*mask.shape, found.shape[1]).index_put(mask.nonzero(as_tuple=True), found)
 
 

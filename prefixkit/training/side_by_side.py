@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.data.batches import IGNORED, Batch, Collate
-from prefixkit.injections import KeyValuePrefix, part_of
+from prefixkit.injections import KeyValuePrefix, TaskHead, part_of
 from prefixkit.methods.autoprompt import AutoPrompt
-from prefixkit.training import layout, loop
+from prefixkit.methods.with_head import WithHead
+from prefixkit.training import heads_side_by_side, layout, loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.objectives import exact, next_token
 from prefixkit.training.preparation import Prepared
@@ -40,31 +41,59 @@ class Run:
     state: State
 
 
+class _Trained(NamedTuple):
+    """What a run trains, as its rows receive it."""
+
+    prefix: KeyValuePrefix
+    head: TaskHead | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        behind = () if self.head is None else (self.head.weight, self.head.bias)
+        return (*self.prefix.keys, *self.prefix.values, *behind)
+
+
 Rows = list[tuple[int, Any]]
 """Encoded examples, each with the place of its run."""
 
 
 def can_share(prepared: Prepared) -> bool:
-    """Whether rows of this run can be computed beside those of others: keys and values before text that it learns."""
-    model = prepared.backbone.model
-    if prepared.backbone.paired or prepared.objective is not next_token or not uses_registry(model):
+    """Whether rows of this run can be computed beside those of others.
+
+    That takes keys and values before text, for words that it learns or for a head that gives labels or tags.
+    """
+    backbone, task = prepared.backbone, prepared.task
+    if backbone.paired or not uses_registry(backbone.model) or isinstance(prepared.method, AutoPrompt):
         return False
-    if isinstance(prepared.method, AutoPrompt):
-        return False
-    received = prepared.backbone.fold(prepared.method())
-    return isinstance(received, KeyValuePrefix) and received.placement == "prepend"
+    known = prepared.objective is next_token if task.answer is None else task.answer in heads_side_by_side.ANSWERS
+    return known and task.image is None and layout.is_prefix(backbone.fold(prepared.method()))
 
 
 def step(runs: Sequence[Run]) -> list[Step]:
     """One optimizer step of every run, each with the batch that is its own turn's.
 
     Args:
-        runs: of one backbone, each of which `can_share`.
+        runs: of one backbone, each of which `can_share`; those with heads of one kind share passes.
     """
+    done: dict[int, Step] = {}
+    for kind in dict.fromkeys(map(_kind, runs)):
+        places = [place for place, run in enumerate(runs) if _kind(run) == kind]
+        done.update(zip(places, _step([runs[place] for place in places]), strict=True))
+    return [done[place] for place in range(len(runs))]
+
+
+def _kind(run: Run) -> tuple[str | None, str, int] | None:
+    """What a run answers, what its head reads and how large it is; None without a head."""
+    method = run.prepared.method
+    return (run.prepared.task.answer, method.reads, len(method.head_bias)) if isinstance(method, WithHead) else None
+
+
+def _step(runs: Sequence[Run]) -> list[Step]:
     backbone, collate = runs[0].prepared.backbone, runs[0].prepared.batches.collate
     batches = [_examples(run) for run in runs]
-    made = [_key_values(run.prepared) for run in runs]
-    leaves = [_leaf(prefix) for prefix in made]
+    made = [_made(run.prepared) for run in runs]
+    leaves = [_leaf(one) for one in made]
     shares = torch.tensor([_share(run, own) for run, own in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
     rows = [(index, example) for index, own in enumerate(batches) for example in own]
@@ -104,12 +133,19 @@ def in_turn(rows: Rows, most: int) -> Iterator[Rows]:
     yield group
 
 
-def _backward(
-    backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[KeyValuePrefix], shares: Tensor
-) -> Tensor:
+def _backward(backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[_Trained], shares: Tensor) -> Tensor:
     """Add the gradients of `rows` to `leaves`; gives each run's summed loss, in nats."""
-    batch: Batch = collate([example for _, example in rows]).to(backbone.device)
+    made = collate([example for _, example in rows])
     owner = torch.tensor([index for index, _ in rows], device=backbone.device)
+    prefixes, heads = [leaf.prefix for leaf in leaves], [leaf.head for leaf in leaves if leaf.head is not None]
+    if heads:
+        return heads_side_by_side.backward(backbone, made, owner, prefixes, heads, shares)
+    return _backward_words(backbone, made.to(backbone.device), owner, prefixes, shares)
+
+
+def _backward_words(
+    backbone: Backbone, batch: Batch, owner: Tensor, prefixes: Sequence[KeyValuePrefix], shares: Tensor
+) -> Tensor:
     learnt = batch.labels != IGNORED
     wanted, owners = batch.labels[learnt], layout.owners(batch, owner)[learnt]
     weights = shares.to(backbone.device)[owners]
@@ -121,30 +157,37 @@ def _backward(
         return (each * weights[part].to(each.dtype)).sum()
 
     with backbone.targets(
-        batch.input_ids, batch.attention_mask, batch.labels, layout.laid_several(batch, leaves, owner)
+        batch.input_ids, batch.attention_mask, batch.labels, layout.laid_several(batch, prefixes, owner)
     ) as targets:
         targets.summed(loss_of).backward()  # type: ignore[no-untyped-call]
     return sums.cpu()
 
 
-def _key_values(prepared: Prepared) -> KeyValuePrefix:
-    prefix = part_of(prepared.backbone.fold(prepared.method()), KeyValuePrefix)
+def _made(prepared: Prepared) -> _Trained:
+    received = prepared.backbone.fold(prepared.method())
+    prefix = part_of(received, KeyValuePrefix)
     assert prefix is not None
-    return prefix
+    return _Trained(prefix, part_of(received, TaskHead))
 
 
-def _leaf(prefix: KeyValuePrefix) -> KeyValuePrefix:
+def _leaf(made: _Trained) -> _Trained:
     """A copy where the gradients of several passes gather, before they go on once."""
-    keys, values = (tuple(one.detach().requires_grad_() for one in each) for each in (prefix.keys, prefix.values))
-    return replace(prefix, keys=keys, values=values)
+    prefix, head = made
+    keys, values = (tuple(map(_apart, each)) for each in (prefix.keys, prefix.values))
+    copied = None if head is None else replace(head, weight=_apart(head.weight), bias=_apart(head.bias))
+    return _Trained(replace(prefix, keys=keys, values=values), copied)
 
 
-def _through(made: Sequence[KeyValuePrefix], leaves: Sequence[KeyValuePrefix]) -> None:
+def _apart(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _through(made: Sequence[_Trained], leaves: Sequence[_Trained]) -> None:
     """Send the gradients at `leaves` on into what made them."""
     pairs = [
         (tensor, leaf.grad)
-        for prefix, copy in zip(made, leaves, strict=True)
-        for tensor, leaf in zip((*prefix.keys, *prefix.values), (*copy.keys, *copy.values), strict=True)
+        for one, copy in zip(made, leaves, strict=True)
+        for tensor, leaf in zip(one.tensors, copy.tensors, strict=True)
         if tensor.requires_grad
     ]
     torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from prefixkit.backbones.load import load_backbone
 from prefixkit.training import loop, side_by_side
 from prefixkit.training.checkpoint import State
 from prefixkit.training.preparation import prepare
+from tests.encoders import encoder_folder
+from tests.training.test_answer_commands import TASKS
 from tests.training.test_loop import settings
 
 Folder = Callable[..., Path]
@@ -116,3 +119,67 @@ def test_nothing_is_collated_but_what_is_read(
     monkeypatch.setattr(batches, "collate", lambda rows: made.append(len(rows)) or collate(rows))
     side_by_side.step(together)
     assert sum(made) == sum(len(run.prepared.batches.indices(0)) for run in together)
+
+
+HEADS: tuple[dict[str, Any], ...] = (
+    {"task": "tagging"},
+    {"task": "classification", "batch_size": 5},
+    {"task": "tagging", "seed": 1, "optimizer": {"lr": 0.03, "loss": "sum"}},
+    {"task": "classification", "method": {"name": "p-tuning-v2", "length": 6}},
+    {
+        "task": "tagging",
+        "method": {"name": "p-tuning-v2", "length": 3, "reparameterization": "mlp", "bottleneck": 16},
+        "optimizer": {"lr": 0.01},
+    },
+)
+
+
+def answered(folder: Path, tmp_path: Path, layout: str) -> list[side_by_side.Run]:
+    """Runs of two tasks with heads, in turn, in float64."""
+    backbone, made = load_backbone(str(folder)), []
+    backbone.model.double()
+    for number, changes in enumerate(HEADS):
+        data = tmp_path / f"{changes['task']}.jsonl"
+        data.write_text("".join(json.dumps(TASKS[changes["task"]][0](index)) + "\n" for index in range(24)))
+        given = {"eval_data": None, "method": {"name": "p-tuning-v2", "length": 4}, "layout": layout, **changes}
+        prepared = prepare(settings(folder, data, tmp_path / f"{number}", **given), backbone)
+        assert side_by_side.can_share(prepared)
+        prepared.method.double()
+        made.append(side_by_side.Run(prepared, loop.make_optimizer(prepared), State()))
+    return made
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_heads_side_by_side_equal_separate_runs(
+    backbone_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: str
+) -> None:
+    # Heads answer in float32, which would round float64 away.
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    folder = backbone_folder("gpt2") if family == "gpt2" else encoder_folder("bert", tmp_path / "bert")
+    together, apart = answered(folder, tmp_path, layout), answered(folder, tmp_path, "padded")
+    keep: list[Any] = []
+    monkeypatch.setattr(
+        loop, "update", lambda prepared, optimizer, number: keep.append((prepared, _gradients(prepared)))
+    )
+    monkeypatch.setattr(side_by_side, "MOST", {"cpu": 64})
+    for run, step in zip(apart, side_by_side.step(together), strict=True):
+        batch = run.prepared.batches.batch(0)
+        loss = loop.step(run.prepared, run.optimizer, batch, 0)
+        assert step.loss == pytest.approx(loss, rel=1e-10)
+        assert step.tokens == batch.tokens
+    ours = [next(found for one, found in keep if one is run.prepared) for run in together]
+    theirs = [next(found for one, found in keep if one is run.prepared) for run in apart]
+    for found, expected in zip(ours, theirs, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= 1e-10
+        assert max(one.abs().max() for one in expected) > 1e-4
+
+
+@pytest.mark.parametrize("task", ["multiple-choice", "question-answering"])
+def test_other_answers_are_computed_alone(backbone_folder: Folder, tmp_path: Path, task: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(TASKS[task][0](index)) + "\n" for index in range(8)))
+    changes = {"eval_data": None, "task": task, "method": {"name": "p-tuning-v2", "length": 4}}
+    prepared = prepare(settings(backbone_folder("gpt2"), data, tmp_path / "p", **changes))
+    assert not side_by_side.can_share(prepared)
