@@ -124,7 +124,8 @@ def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], liste
     alone = [trial.number for trial in found if not trial.shares]
     if alone:
         told = "all trials" if len(alone) == len(found) else f"trials {', '.join(map(str, alone))}"
-        listener.on_message(f"{told}: computed one after the other, not side by side (no keys and values for text)")
+        wanted = "which takes keys and values for words, labels or tags"
+        listener.on_message(f"{told}: computed one after the other, not side by side, {wanted}")
     return found
 
 

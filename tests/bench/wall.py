@@ -41,15 +41,7 @@ def measure(case: str, setting: Setting, amount: Amount, tell: Tell) -> list[Row
     Raises:
         SystemExit: ours never reaches that loss.
     """
-    steps = max(1, round(amount.epochs * len(examples(setting)) / setting.batch_size))
-    curves: dict[str, Curve] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        start = Path(folder) / "start.pt"
-        torch.save(Ours(setting, None).prefix.cpu(), start)
-        for name in ("ours", "PEFT", BEST, *([COMPILED] if amount.compiled else [])):
-            curves[name] = in_a_process(setting, name, steps, amount.held_out, start)
-            seconds, loss = curves[name][-1]
-            tell(f"{case}: {name}: {steps} steps in {seconds:.0f} s, validation loss {loss:.4f}")
+    curves = _curves(case, setting, amount, tell)
     wanted = curves["PEFT"][-1][1]
     times = {name: _reached(curve, wanted) for name, curve in curves.items()}
     if times["ours"] is None:
@@ -61,6 +53,26 @@ def measure(case: str, setting: Setting, amount: Amount, tell: Tell) -> list[Row
     named = ("ours", "PEFT", BEST)
     rows = compare(case, f"seconds to a validation loss of {wanted:.4f}", {name: [spent[name]] for name in named})
     return rows + compare(case, "validation loss at the end", {name: [curves[name][-1][1]] for name in named})
+
+
+def _curves(case: str, setting: Setting, amount: Amount, tell: Tell) -> dict[str, Curve]:
+    """Of every contender, from the same prefix; who cannot compile drops out."""
+    steps = max(1, round(amount.epochs * len(examples(setting)) / setting.batch_size))
+    found: dict[str, Curve] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start.pt"
+        torch.save(Ours(setting, None).prefix.cpu(), start)
+        for name in ("ours", "PEFT", BEST, *([COMPILED] if amount.compiled else [])):
+            try:
+                found[name] = in_a_process(setting, name, steps, amount.held_out, start)
+            except RuntimeError as error:
+                if name != COMPILED:
+                    raise
+                tell(f"{case}: {error}")
+                continue
+            seconds, loss = found[name][-1]
+            tell(f"{case}: {name}: {steps} steps in {seconds:.0f} s, validation loss {loss:.4f}")
+    return found
 
 
 def _reached(curve: Curve, wanted: float) -> float | None:
