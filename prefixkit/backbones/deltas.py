@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def changed(model: PreTrainedModel, received: Received | None) -> Iterator[None]
         MismatchError: a delta for a parameter that the model has not, or of another shape.
     """
     delta = part_of(received, ParameterDelta)
-    with _instead(model, _sums(model, delta.deltas) if delta is not None else {}):
+    with standing_again(_places(model, _sums(model, delta.deltas) if delta is not None else {})):
         yield
 
 
@@ -62,19 +62,42 @@ def _sums(model: PreTrainedModel, deltas: Mapping[str, Tensor]) -> dict[int, Ten
     return sums
 
 
+Standing = tuple[nn.Module, str, Tensor]
+"""A module, the name of one of its parameters, and what stands in its place."""
+
+
+def standing(model: nn.Module) -> list[Standing]:
+    """What stands in the place of parameters of `model` now."""
+    return [
+        (module, name, module.__dict__[name])
+        for module in model.modules()
+        for name in module._parameters
+        if name in module.__dict__
+    ]
+
+
 @contextmanager
-def _instead(model: PreTrainedModel, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+def standing_again(places: Sequence[Standing]) -> Iterator[None]:
+    """Tensors in the place of parameters, for the length of a `with` block."""
     # A plain attribute hides the parameter of its name; `state_dict` and optimizers never see it.
     hidden: list[tuple[nn.Module, str, Tensor | None]] = []
     try:
-        for module in model.modules() if tensors else ():
-            for name, weight in module._parameters.items():
-                if id(weight) in tensors:
-                    hidden.append((module, name, module.__dict__.get(name)))
-                    module.__dict__[name] = tensors[id(weight)]
+        for module, name, tensor in places:
+            hidden.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = tensor
         yield
     finally:
         for module, name, before in hidden:
             del module.__dict__[name]
             if before is not None:
                 module.__dict__[name] = before
+
+
+def _places(model: PreTrainedModel, tensors: Mapping[int, Tensor]) -> list[Standing]:
+    """Where the parameters are that have one of `tensors` by their identity."""
+    return [
+        (module, name, tensors[id(weight)])
+        for module in (model.modules() if tensors else ())
+        for name, weight in module._parameters.items()
+        if id(weight) in tensors
+    ]

@@ -29,6 +29,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples a step. [16]")]
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal files. [0]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")]
 Dtype = Annotated[str | None, typer.Option(help="What the backbone computes in. [float32]")]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option("--gradient-checkpointing", help="Compute layers again in the backward pass, to save memory."),
+]
 Config = Annotated[Path | None, typer.Option(help="Settings from a TOML file; flags override it.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as a.b=c. Repeatable.")]
 
@@ -44,6 +48,7 @@ SECTIONS = {
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",
+    "gradient_checkpointing": "gradient_checkpointing",
     "method": "method.name",
     "length": "method.length",
     "init": "method.init",

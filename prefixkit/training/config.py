@@ -91,6 +91,7 @@ class TrainConfig:
             prompts are trained.
         layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
             the default: packed rows were tested on CPU only.
+        gradient_checkpointing: compute the layers again in the backward pass, for the same losses in less memory.
     """
 
     backbone: str
@@ -106,6 +107,7 @@ class TrainConfig:
     dtype: str = "float32"
     objective: str = "vocabulary"
     layout: str = "padded"
+    gradient_checkpointing: bool = False
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -192,7 +194,7 @@ def toml_value(text: str) -> Any:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
-    for local in ("backbone", "data", "eval_data", "output", "device", "layout"):
+    for local in ("backbone", "data", "eval_data", "output", "device", "layout", "gradient_checkpointing"):
         del kept[local]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init

@@ -11,6 +11,7 @@ import torch
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.recomputation import recompute
 from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.errors import ConfigError
@@ -79,6 +80,8 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
     data = data or Data()
     torch.manual_seed(config.seed)
     backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    if config.gradient_checkpointing:
+        recompute(backbone.model)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
     config = _in_slots(config, task)
