@@ -7,8 +7,9 @@ stands in the place of parameters, or in a cache, only while a pass lasts, is pu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from copy import copy
 from functools import wraps
 from typing import Any
@@ -30,13 +31,31 @@ def recompute(model: PreTrainedModel) -> None:
     Raises:
         BackboneError: an architecture whose layers are not known to give the same twice.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_to_recompute(model)
     if not layers:
         found, step = f"{model.config.model_type}, which is made of none", "leave gradient checkpointing out"
         raise BackboneError("gradient_checkpointing", expected="layers to compute again", found=found, next_step=step)
     for index, layer in enumerate(layers):
         if "forward" not in layer.__dict__:
             layer.__dict__["forward"] = _twice(layer, index)
+
+
+def layers_to_recompute(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of `model`, in the order of its stacks; none where we know of none."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Layers that keep everything after all, for the length of a `with` block."""
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
+
+
+_KEEPING = ContextVar("keeping", default=False)
 
 
 def _twice(layer: nn.Module, index: int) -> Callable[..., Any]:
@@ -49,7 +68,7 @@ def _twice(layer: nn.Module, index: int) -> Callable[..., Any]:
 
     @wraps(once)
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled() or _leaves_something(index, arguments, keywords):
+        if not torch.is_grad_enabled() or _KEEPING.get() or _leaves_something(index, arguments, keywords):
             return once(*arguments, **keywords)
         deltas = standing(layer)
         return checkpoint(

@@ -25,7 +25,9 @@ from prefixkit.training.checkpoint import State
 from prefixkit.training.config import OptimizerConfig, TrainConfig, recorded
 from prefixkit.training.hotflip import HotFlip
 from prefixkit.training.interruption import AtOnce, between_steps
+from prefixkit.training.memory import within_memory
 from prefixkit.training.objectives import Objective, reduced
+from prefixkit.training.out_of_memory import OutOfMemoryError
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 from prefixkit.training.reading import answers, main_score
@@ -38,6 +40,7 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
     """Train a prefix as `config` says and write it to `config.output`.
 
     Ctrl-C keeps what was done: the prefix so far is written, the state is kept for `resume`, and the interrupt goes on.
+    So does running out of memory.
 
     Returns:
         The prefix that was written: the one of the best validation, or the last one without validation data.
@@ -62,11 +65,11 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
         listener.on_message(f"starting anew: {checkpoint.path_of(config.output)} of an earlier run will be replaced")
     frozen = memory_digest(prepared.backbone.model)
     try:
-        with between_steps(listener.on_message) as check:
+        with between_steps(listener.on_message) as check, within_memory(prepared, listener):
             run(prepared, optimizer, state, listener, check)
     except AtOnce:
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OutOfMemoryError):
         kept = checkpoint.save(prepared, optimizer, state)
         save(result(prepared, state), config.output)
         listener.on_message(f"stopped at step {state.step}; {config.output} holds the prefix so far, {kept} the state")
@@ -212,9 +215,12 @@ def mean_loss(
 
 def validate(prepared: Prepared, state: State, listener: Listener) -> None:
     """Measure the validation and remember the parameters if they are the best so far."""
+    if prepared.validation:
+        _measure(prepared, state, listener)
     state.validated = state.step
-    if not prepared.validation:
-        return
+
+
+def _measure(prepared: Prepared, state: State, listener: Listener) -> None:
     size = prepared.config.batch_size * _LARGER
     received = prepared.backbone.fold(prepared.method.fold())
     objective, collate = prepared.objective, prepared.batches.collate

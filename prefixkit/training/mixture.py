@@ -24,6 +24,7 @@ from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.classification import log_likelihoods
 from prefixkit.training.config import TrainConfig, files_of, from_mapping
+from prefixkit.training.out_of_memory import SMALLER, in_a_line
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step
@@ -80,7 +81,8 @@ def train_mixture(configs: Sequence[TrainConfig], listener: Listener | None = No
     listener = listener or Silence()
     prepared = _prepared(configs)
     frozen = memory_digest(prepared[0].backbone.model)
-    weights, loss = _fit(prepared, listener)
+    with in_a_line("[[patterns]]", "memory for a step", lambda: SMALLER):
+        weights, loss = _fit(prepared, listener)
     if memory_digest(prepared[0].backbone.model) != frozen:
         raise PrefixkitError(configs[0].backbone, expected="frozen weights", found="weights that changed in training")
     written = []

@@ -21,6 +21,7 @@ from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
+from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
 from prefixkit.training.preparation import device
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
@@ -53,7 +54,7 @@ def sweep(
 ) -> list[Trial]:
     """Train every combination of `grid` over `settings`; the folder `output` gets a file each, and the best once more.
 
-    Ctrl-C keeps what was done, for `resume`.
+    Ctrl-C keeps what was done, for `resume`; so does running out of memory.
 
     Args:
         settings: of a run, nested, without an output.
@@ -78,11 +79,11 @@ def sweep(
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
-        with between_steps(listener.on_message) as check:
+        with between_steps(listener.on_message) as check, in_a_line("sweep", "memory for a pass", lambda: SMALLER):
             _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
     except AtOnce:
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OutOfMemoryError):
         for trial in _running(found):
             checkpoint.save(trial.prepared, trial.optimizer, trial.state)
         trials.write(folder, grid, found)

@@ -21,6 +21,7 @@ from prefixkit.settings import at_least, check_types, records
 from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, files_of, from_mapping
+from prefixkit.training.out_of_memory import SMALLER, in_a_line
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step
@@ -75,7 +76,8 @@ def train_together(config: TrainConfig, tasks: Sequence[TaskRun], listener: List
     """
     listener = listener or Silence()
     prepared = _prepared(config, tasks)
-    shared = save(_share(prepared, config, listener), config.output)
+    with in_a_line("[[tasks]]", "memory for a step", lambda: SMALLER):
+        shared = save(_share(prepared, config, listener), config.output)
     listener.on_message(f"wrote {config.output}, the shared prefix")
     written = [shared]
     for task, one in zip(tasks, prepared, strict=True):

@@ -37,7 +37,8 @@ class Interrupted(Silence):
         self.validations.append(validation)
 
     def on_message(self, message: str) -> None:
-        self.messages.append(message)
+        if not message.startswith("memory:"):  # it says what is free, which is another number each time
+            self.messages.append(message)
 
 
 def settings(folder: Path, records: Path, output: Path | str, **changes: Any) -> TrainConfig:

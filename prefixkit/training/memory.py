@@ -1,0 +1,193 @@
+"""What a run will need, before it begins: the backbone's weights, what is trained, and what a step keeps and works in.
+
+What a step keeps is measured on two and on three rows, as wide as the longest example, and goes on in a straight line.
+Beside it stand the logits of a part of the targets (see `prefixkit.backbones.targets`), or what a layer works in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prefixkit.backbones.kept import Kept, kept
+from prefixkit.backbones.targets import ELEMENTS
+from prefixkit.data.packing import pack
+from prefixkit.methods.autoprompt import AutoPrompt
+from prefixkit.methods.method import Method
+from prefixkit.training import layout
+from prefixkit.training.examples import collate_for
+from prefixkit.training.free_memory import free_memory
+from prefixkit.training.out_of_memory import in_a_line
+from prefixkit.training.preparation import Prepared
+from prefixkit.training.progress import Listener
+
+_LOGITS = 3 * 4
+"""Bytes for each logit of a part: they, their logarithms and their gradients, in float32."""
+_GRADIENTS = 0.5
+"""What a layer's gradients take, in what the layer leaves: measured, 0.3 to 0.6."""
+_COPIES = 3
+"""Tensors of a trained parameter's size: itself and two that AdamW keeps. Gradients come when what was kept goes."""
+_NOTHING_FITS = "use shorter texts, --dtype bfloat16 or a smaller backbone"
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a run in bytes, at the worst of its steps.
+
+    Attributes:
+        weights: of the backbone, which is in memory already.
+        trained: parameters, gradients and optimizer state.
+        once, row: what a step keeps, whatever its batch, and for each row of it.
+        logits: how many a row has, of all its targets.
+        rows: of the largest batch.
+        recomputes: whether layers are computed again.
+        packable: whether its padding could be left out.
+        free: on the device beside the weights; None where nobody says.
+    """
+
+    weights: int
+    trained: int
+    once: Kept
+    row: Kept
+    logits: int
+    rows: int
+    recomputes: bool
+    packable: bool
+    free: int | None
+
+    def step(self, rows: int, *, recomputes: bool) -> int:
+        """What a step of so many rows needs beside the weights."""
+        working = _LOGITS * min(ELEMENTS, rows * self.logits)
+        layer = self.once.layer + rows * self.row.layer
+        gradients = int(_GRADIENTS * layer)
+        if not recomputes:
+            return self.trained + self.once.plainly + rows * self.row.plainly + max(working, gradients)
+        return self.trained + self.once.recomputed + rows * self.row.recomputed + max(working, layer + gradients)
+
+    @property
+    def needed(self) -> int:
+        """What the run's largest step needs beside the weights."""
+        return self.step(self.rows, recomputes=self.recomputes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is free, as far as anybody knows."""
+        return self.free is None or self.needed <= self.free
+
+    def most(self, *, recomputes: bool) -> int:
+        """The largest batch, up to the run's own, that fits; 0 where none does."""
+        fitting = (rows for rows in range(self.rows, 0, -1) if self.step(rows, recomputes=recomputes) <= self._room)
+        return next(fitting, 0)
+
+    @property
+    def _room(self) -> float:
+        return float("inf") if self.free is None else self.free
+
+    def told(self) -> str:
+        """A line for the user."""
+        line = f"memory: about {size(self.needed)} for {self.rows} rows, beside {size(self.weights)} of the backbone"
+        line += "" if self.free is None else f"; {size(self.free)} free"
+        return line if self.fits else f"{line}, which may not be enough: {self.advice()}"
+
+    def advice(self) -> str:
+        """What to do where it is too much."""
+        fitting = self.most(recomputes=self.recomputes)
+        # Free memory may lie in pieces: what did not fit does not fit.
+        fitting = self.rows // 2 if fitting == self.rows else fitting
+        found = [f"--batch-size {fitting}"] if fitting else []
+        if not self.recomputes and (rows := self.most(recomputes=True)):
+            fewer = "" if rows == self.rows else f" --batch-size {rows}"
+            found.append(f"--gradient-checkpointing{fewer}")
+        if self.packable:
+            found.append("--set layout=packed")
+        return f"use {' or '.join(found)}" if found else _NOTHING_FITS
+
+
+def size(count: int) -> str:
+    """A number of bytes, to be read."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+
+
+@contextmanager
+def within_memory(prepared: Prepared, listener: Listener) -> Iterator[None]:
+    """Steps of a run in a `with` block: what they will need is told first, and what to do where it is not there.
+
+    Raises:
+        OutOfMemoryError: it is not there.
+    """
+    if not prepared.total_steps:
+        yield
+        return
+    rows = f"memory for a step of {prepared.config.batch_size} rows"
+    with in_a_line("training", rows, lambda: _NOTHING_FITS):
+        needs = estimate(prepared)
+    listener.on_message(needs.told())
+    with in_a_line("training", rows, needs.advice):
+        yield
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """What the run will need, from two small passes; nothing of the run changes."""
+    once, row = _once_and_each_row(_kept(prepared, 2), _kept(prepared, 3))
+    backbone = prepared.backbone
+    batch = collate_for(prepared.task, backbone)([max(prepared.batches.examples, key=len)])
+    words = prepared.task.answer is None
+    return Estimate(
+        weights=_bytes(backbone.model),
+        trained=_trained(prepared.method),
+        once=once,
+        row=row,
+        logits=batch.target_tokens * backbone.identity.vocab_size if words else 0,
+        rows=_rows(prepared),
+        recomputes=prepared.config.gradient_checkpointing,
+        packable=_packable(prepared),
+        free=free_memory(backbone.device),
+    )
+
+
+def _kept(prepared: Prepared, rows: int) -> Kept:
+    examples = sorted(prepared.batches.examples, key=len)
+    # The first one is padded: a batch without padding needs no mask of its own.
+    batch = collate_for(prepared.task, prepared.backbone)([examples[0], *[examples[-1]] * (rows - 1)])
+
+    def forward() -> Tensor:
+        return prepared.objective(prepared.backbone, batch, prepared.method())
+
+    return kept(prepared.backbone.model, forward)
+
+
+def _once_and_each_row(two: Kept, three: Kept) -> tuple[Kept, Kept]:
+    row = Kept(three.plainly - two.plainly, three.recomputed - two.recomputed, three.layer - two.layer)
+    return Kept(two.plainly - 2 * row.plainly, two.recomputed - 2 * row.recomputed, two.layer - 2 * row.layer), row
+
+
+def _rows(prepared: Prepared) -> int:
+    """How many rows of the longest example the largest batch is worth."""
+    batches = prepared.batches
+    if batches.collate is not pack:
+        return min(batches.batch_size, len(batches.examples))
+    steps = range(batches.steps_per_epoch)
+    tokens = max(sum(len(batches.examples[index]) for index in batches.indices(step)) for step in steps)
+    return -(-tokens // max(map(len, batches.examples)))
+
+
+def _packable(prepared: Prepared) -> bool:
+    """Whether rows are padded where a packed row would be no slower; see `prefixkit.training.layout`."""
+    if prepared.backbone.device.type != "cuda" or prepared.batches.collate is pack:
+        return False
+    return layout.obstacle(prepared.task, prepared.backbone, (prepared.method(), prepared.method.teacher)) is None
+
+
+def _trained(method: Method) -> int:
+    followed = sum(weight.nbytes for weight in method.parameters() if weight.requires_grad)
+    # Whoever searches among tokens follows no gradient.
+    return _bytes(method) + (0 if isinstance(method, AutoPrompt) else (_COPIES - 1) * followed)
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
