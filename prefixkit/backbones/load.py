@@ -22,7 +22,7 @@ from prefixkit.backbones.geometry import (
 from prefixkit.backbones.identity import identify
 from prefixkit.backbones.stacks import measure_stacks
 from prefixkit.backbones.vision import VisionEncoder
-from prefixkit.backbones.weights import frozen_model, in_a_line, is_pair
+from prefixkit.backbones.weights import Reading, frozen_model, in_a_line, is_pair
 from prefixkit.errors import BackboneError, ConfigError
 from prefixkit.format.digest import read_config
 from prefixkit.format.manifest import LayerGeometry
@@ -39,7 +39,12 @@ _HUB_REASONS = {
 
 
 def load_backbone(
-    source: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32", revision: str | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    revision: str | None = None,
 ) -> Decoder | EncoderDecoder | Encoder:
     """A frozen model of any kind from a folder in `transformers` format or from a hub id.
 
@@ -50,19 +55,21 @@ def load_backbone(
         source: a folder with config.json and safetensors weights, or a hub id such as `openai-community/gpt2`.
         device: where to put the weights.
         dtype: what to compute in: `float32`, `bfloat16`, `float16`.
+        quantize: `nf4` for linear layers of four bits a weight; see `prefixkit.backbones.quantization`.
         revision: a hub revision.
 
     Raises:
         BackboneError: no such folder or id, no weights, or an architecture that cannot take a prefix.
-        ConfigError: another dtype.
+        ConfigError: another dtype, or weights that cannot be quantised here.
     """
     folder, config = _described(source, dtype, revision)
+    reading = Reading(_DTYPES[dtype], device, quantize)
     if is_encoder(config) and config.get_text_config() is config:
-        return _encoder(source, folder, config, dtype, device, revision)
+        return _encoder(source, folder, config, reading, revision)
     if not is_pair(config):
-        return _decoder(source, folder, config, dtype, device, revision)
+        return _decoder(source, folder, config, reading, revision)
     refuse_untried(config, str(source))
-    model = frozen_model(folder, config, _DTYPES[dtype], device)
+    model = frozen_model(folder, config, reading)
     stacks = measure_stacks(model, str(source))
     name = _name(source, folder)
     identity = identify(folder, name, revision, config, stacks["decoder"], encoder=stacks["encoder"])
@@ -74,7 +81,7 @@ def load_decoder(
 ) -> Decoder:
     """`load_backbone` where only a decoder will do; anything else is refused before its weights are read."""
     folder, config = _described(source, dtype, revision)
-    return _decoder(source, folder, config, dtype, device, revision)
+    return _decoder(source, folder, config, Reading(_DTYPES[dtype], device), revision)
 
 
 def _described(source: str | Path, dtype: str, revision: str | None) -> tuple[Path, PreTrainedConfig]:
@@ -85,29 +92,19 @@ def _described(source: str | Path, dtype: str, revision: str | None) -> tuple[Pa
 
 
 def _decoder(
-    source: str | Path,
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: str,
-    device: str | torch.device,
-    revision: str | None,
+    source: str | Path, folder: Path, config: PreTrainedConfig, reading: Reading, revision: str | None
 ) -> Decoder:
     refuse_unsupported(config, str(source))
-    model = frozen_model(folder, config, _DTYPES[dtype], device)
+    model = frozen_model(folder, config, reading)
     geometry = measure(model, str(source))
     return Decoder(model, folder, identify(folder, _name(source, folder), revision, config, geometry), geometry)
 
 
 def _encoder(
-    source: str | Path,
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: str,
-    device: str | torch.device,
-    revision: str | None,
+    source: str | Path, folder: Path, config: PreTrainedConfig, reading: Reading, revision: str | None
 ) -> Encoder:
     refuse_untried_images(config, str(source))
-    model = frozen_model(folder, config, _DTYPES[dtype], device)
+    model = frozen_model(folder, config, reading)
     geometry = measure_encoder(model)
     identity = identify(folder, _name(source, folder), revision, config, (), encoder=geometry)
     kind = VisionEncoder if model.main_input_name == "pixel_values" else Encoder

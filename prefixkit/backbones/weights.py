@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,29 @@ from transformers import (
 from transformers.utils import logging
 
 from prefixkit.backbones.geometry import is_encoder
+from prefixkit.backbones.quantization import quantized, settle
 from prefixkit.errors import BackboneError, FormatError
 from prefixkit.format.digest import weight_files
 from prefixkit.format.header import read_header
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How weights are read.
+
+    Attributes:
+        dtype: what to compute in.
+        device: where to put them.
+        quantize: one of `prefixkit.backbones.quantization.KINDS`; None keeps them as they are.
+    """
+
+    dtype: torch.dtype
+    device: str | torch.device
+    quantize: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` is to be told. Raises ConfigError for what cannot be quantised here."""
+        return {"dtype": self.dtype, **(quantized(self.quantize, self.dtype, self.device) if self.quantize else {})}
 
 
 def is_pair(config: PreTrainedConfig) -> bool:
@@ -32,16 +53,15 @@ def is_pair(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def frozen_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str | torch.device
-) -> PreTrainedModel:
+def frozen_model(folder: Path, config: PreTrainedConfig, reading: Reading) -> PreTrainedModel:
     """The model in `folder`, without gradients, in eval mode: with a language model's head where it has one.
 
     Raises:
         BackboneError: weights that are damaged, missing or of other shapes.
+        ConfigError: they cannot be quantised here.
     """
     _check_files(folder)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(config)}
+    options: dict[str, Any] = {**reading.options(), "attn_implementation": _attention(config)}
     kind = _class(config)
     model, told = _read(folder, kind, {**options, **_without_pooler(kind, config)})
     if told["missing_keys"] and kind is AutoModelForMaskedLM:
@@ -55,7 +75,9 @@ def frozen_model(
         names = ", ".join(sorted(told["missing_keys"])[:3])
         raise BackboneError(folder, expected="every weight of the model", found=f"none for {names}")
     assert isinstance(model, PreTrainedModel)
-    return model.to(device).eval().requires_grad_(False)
+    if reading.quantize:
+        settle(model, folder)
+    return model.to(reading.device).eval().requires_grad_(False)
 
 
 def _class(config: PreTrainedConfig) -> Any:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefixkit.cli import run_options as options
+
 if TYPE_CHECKING:
     from prefixkit.backbones.backbone import Backbone
     from prefixkit.format.manifest import TaskRecord
@@ -33,6 +35,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write texts and references as JSONL.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="What the backbone computes in.")] = "float32",
+    quantize: options.Quantize = None,
     allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take another backbone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -54,7 +57,7 @@ def evaluate(
     if mixture and no_prefix:
         raise ConfigError("--no-prefix", expected="one without --mixture", found="both", next_step="leave one out")
     task = _patterns(prefix, files)[0] if mixture else _common_task(prefix, files)
-    model, tokenizer = _fitting(files, task, backbone, device, dtype, allow_mismatch)
+    model, tokenizer = _fitting(files, task, backbone, (device, dtype, quantize), allow_mismatch)
     given = [injection(file) for file in files]
     # Without its prefix a head still reads the bare model.
     task = without_slots(task) if no_prefix else task
@@ -101,15 +104,26 @@ def _common_task(paths: list[Path], files: list[Prefix]) -> TaskRecord:
 
 
 def _fitting(
-    files: list[Prefix], task: TaskRecord, backbone: str, device: str, dtype: str, allow_mismatch: bool
+    files: list[Prefix],
+    task: TaskRecord,
+    backbone: str,
+    how: tuple[str, str, str | None],
+    allow_mismatch: bool,
 ) -> tuple[Backbone, ModelTokenizer | None]:
-    """The backbone that every prefix was made for, and its tokenizer, which can do what the task promises."""
+    """The backbone that every prefix was made for, and its tokenizer, which can do what the task promises.
+
+    Args:
+        how: the device, dtype and quantisation of the backbone.
+    """
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches
     from prefixkit.task import check_task, load_tokenizer
     from prefixkit.training.preparation import device as chosen
 
-    model = load_backbone(backbone, device=chosen(device), dtype=dtype)
+    device, dtype, quantize = how
+    if quantize is not None:
+        _refuse_deltas(files)
+    model = load_backbone(backbone, device=chosen(device), dtype=dtype, quantize=quantize)
     for file in files:
         matches(file, model.identity, allow_mismatch=allow_mismatch)
     if task.image is not None:
@@ -117,6 +131,14 @@ def _fitting(
     tokenizer = load_tokenizer(model.folder)
     check_task(task, tokenizer)
     return model, tokenizer
+
+
+def _refuse_deltas(files: list[Prefix]) -> None:
+    from prefixkit.errors import ConfigError
+
+    if any(record.kind == "parameter_delta" for file in files for record in file.manifest.injections):
+        expected, step = "a file that leaves the backbone's parameters alone", "leave --quantize out"
+        raise ConfigError("--quantize", expected=expected, found="a parameter_delta", next_step=step)
 
 
 def required_task(where: Path, task: Any) -> Any:

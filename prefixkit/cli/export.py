@@ -72,7 +72,19 @@ def _onnx(prefix: Path | None, backbone: str, output: Path, options: dict[str, A
     from prefixkit.export.onnx import export_onnx
 
     quiet_transformers()
+    if prefix is not None:
+        _tell_rounded(prefix)
     return export_onnx(prefix, backbone, output, **options, progress=lambda stage: typer.echo(f"{stage} …", err=True))
+
+
+def _tell_rounded(prefix: Path) -> None:
+    """Say so where the prefix learned beside other numbers than the graph will hold."""
+    from prefixkit.prefix import load
+
+    kind = load(prefix).manifest.provenance.config.get("quantize")
+    if kind is not None:
+        told = f"it was trained on a backbone of {kind} weights, and the graph has those of the folder: compare with"
+        typer.echo(f"{prefix}: {told} `prefixkit eval`, with and without --quantize {kind}", err=True)
 
 
 def _show(exported: Exported, as_json: bool) -> None:

@@ -29,6 +29,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples a step. [16]")]
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal files. [0]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")]
 Dtype = Annotated[str | None, typer.Option(help="What the backbone computes in. [float32]")]
+Quantize = Annotated[str | None, typer.Option(help="nf4: the backbone's linear layers in four bits a weight.")]
 Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing", help="Compute layers again in the backward pass, to save memory."),
@@ -48,6 +49,7 @@ SECTIONS = {
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",
+    "quantize": "quantize",
     "gradient_checkpointing": "gradient_checkpointing",
     "method": "method.name",
     "length": "method.length",

@@ -33,6 +33,7 @@ def sweep(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     gradient_checkpointing: options.Checkpointing = None,
     config: options.Config = None,
     assignments: options.Assignments = None,

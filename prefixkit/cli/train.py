@@ -32,6 +32,7 @@ def train(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     gradient_checkpointing: options.Checkpointing = None,
     config: options.Config = None,
     assignments: options.Assignments = None,

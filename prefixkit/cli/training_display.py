@@ -92,7 +92,11 @@ def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def quiet_transformers() -> None:
     """Keep the loading bars and advice of transformers off the screen; our own errors say what matters."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # It recommends faster kernels for a CPU.
+    getLogger("bitsandbytes").setLevel(ERROR)

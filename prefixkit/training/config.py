@@ -91,6 +91,7 @@ class TrainConfig:
             prompts are trained.
         layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
             the default: packed rows were tested on CPU only.
+        quantize: `nf4` rounds the backbone's linear layers to four bits a weight; None leaves them as they are.
         gradient_checkpointing: compute the layers again in the backward pass, for the same losses in less memory.
     """
 
@@ -107,6 +108,7 @@ class TrainConfig:
     dtype: str = "float32"
     objective: str = "vocabulary"
     layout: str = "padded"
+    quantize: str | None = None
     gradient_checkpointing: bool = False
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -118,6 +120,8 @@ class TrainConfig:
         one_of("objective", self.objective, ("vocabulary", "labels"))
         one_of("layout", self.layout, ("auto", "padded", "packed"))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.quantize is not None:
+            one_of("--quantize", self.quantize, ("nf4",))
         at_least("--batch-size", self.batch_size, 1)
         at_least("--steps", self.steps, 0)
         at_least("--seed", self.seed, 0)
@@ -196,6 +200,8 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     kept = asdict(replace(config, task=Path(config.task).stem))
     for local in ("backbone", "data", "eval_data", "output", "device", "layout", "gradient_checkpointing"):
         del kept[local]
+    if config.quantize is None:
+        del kept["quantize"]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init
     for name, path in _method_files(config.method).items():

@@ -11,7 +11,7 @@ from typing import Any
 from prefixkit.errors import ConfigError
 from prefixkit.training.config import TrainConfig, from_mapping, override, toml_value
 
-SHARED = ("backbone", "dtype", "device", "output")
+SHARED = ("backbone", "dtype", "device", "quantize", "gradient_checkpointing", "output")
 """What all runs of a sweep have in common."""
 Point = Mapping[str, Any]
 """One combination: a value for each key, such as `optimizer.lr`."""

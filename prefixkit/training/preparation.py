@@ -79,7 +79,8 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
     check_output(config.output, files_of(config), config.backbone)
     data = data or Data()
     torch.manual_seed(config.seed)
-    backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    _refuse_deltas(config)
+    backbone = backbone or loaded(config)
     if config.gradient_checkpointing:
         recompute(backbone.model)
     config = _for_backbone(config, backbone)
@@ -114,6 +115,20 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
         parents=tuple(parent.manifest.content or "" for parent in parents),
         unpacked=unpacked,
     )
+
+
+def loaded(config: TrainConfig) -> Backbone:
+    """The backbone of a run. Raises BackboneError, or ConfigError where it cannot be quantised here."""
+    where = device(config.device)
+    return load_backbone(config.backbone, device=where, dtype=config.dtype, quantize=config.quantize)
+
+
+def _refuse_deltas(config: TrainConfig) -> None:
+    """Raise ConfigError for deltas on rounded parameters: they would make up for the rounding, not for the task."""
+    if config.quantize is not None and METHODS[config.method.name].injection == "parameter_delta":
+        step = "leave --quantize out, or use --method prefix-tuning"
+        expected = "a method that leaves the parameters of a quantized backbone alone"
+        raise ConfigError("--quantize", expected=expected, found=config.method.name, next_step=step)
 
 
 def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:

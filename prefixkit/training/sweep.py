@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefixkit.backbones.identity import memory_digest
-from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError, PrefixkitError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop, side_by_side, trials
@@ -22,7 +21,7 @@ from prefixkit.training.examples import Data
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
-from prefixkit.training.preparation import device
+from prefixkit.training.preparation import loaded
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
 
@@ -116,7 +115,7 @@ def _folder(path: Path, resume: bool) -> Iterator[None]:
 
 def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], listener: Listener) -> list[Trial]:
     first, data = made[0], Data()
-    backbone = load_backbone(first.backbone, device=device(first.device), dtype=first.dtype)
+    backbone = loaded(first)
     found = []
     for number, (point, config) in enumerate(zip(points(grid), made, strict=True)):
         found.append(trials.begin(number, point, config, backbone, data))
