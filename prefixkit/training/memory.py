@@ -20,7 +20,7 @@ from prefixkit.methods.method import Method
 from prefixkit.training import layout
 from prefixkit.training.examples import collate_for
 from prefixkit.training.free_memory import free_memory
-from prefixkit.training.out_of_memory import in_a_line
+from prefixkit.training.out_of_memory import SMALLER, in_a_line, ran_out
 from prefixkit.training.preparation import Prepared
 from prefixkit.training.progress import Listener
 
@@ -31,6 +31,7 @@ _GRADIENTS = 0.5
 _COPIES = 3
 """Tensors of a trained parameter's size: itself and two that AdamW keeps. Gradients come when what was kept goes."""
 _NOTHING_FITS = "use shorter texts, --dtype bfloat16 or a smaller backbone"
+_UNKNOWN = "memory: too little to measure what a step will need"
 _GIB = 1 << 30
 
 
@@ -122,12 +123,21 @@ def within_memory(prepared: Prepared, listener: Listener) -> Iterator[None]:
     if not prepared.total_steps:
         yield
         return
+    needs = _estimate_if_there_is_room(prepared)
+    listener.on_message(_UNKNOWN if needs is None else needs.told())
     rows = f"memory for a step of {prepared.config.batch_size} rows"
-    with in_a_line("training", rows, lambda: _NOTHING_FITS):
-        needs = estimate(prepared)
-    listener.on_message(needs.told())
-    with in_a_line("training", rows, needs.advice):
+    with in_a_line("training", rows, lambda: SMALLER if needs is None else needs.advice()):
         yield
+
+
+def _estimate_if_there_is_room(prepared: Prepared) -> Estimate | None:
+    """None where even a few rows are too much to measure: layers that are computed again may take less yet."""
+    try:
+        return estimate(prepared)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        return None
 
 
 def estimate(prepared: Prepared) -> Estimate:

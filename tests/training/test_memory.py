@@ -16,7 +16,7 @@ from prefixkit.backbones.kept import Kept
 from prefixkit.cli import run as prefixkit
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
-from prefixkit.training import checkpoint, loop, side_by_side
+from prefixkit.training import checkpoint, loop, memory, side_by_side
 from prefixkit.training.free_memory import available, free_memory, left_in_group
 from prefixkit.training.memory import Estimate, estimate
 from prefixkit.training.preparation import Prepared, prepare
@@ -200,6 +200,19 @@ def test_running_out_in_a_validation_does_it_again(
             loop.train(broken)
     loop.train(broken, resume=True)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_where_nothing_can_be_measured_the_run_is_tried_all_the_same(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "kept", failing(memory.kept, ERRORS[0], 1))
+    asked, heard = settings(backbone_folder("gpt2"), records, tmp_path / "p", steps=2), Hears()
+    loop.train(asked, listener=heard)
+    assert heard.messages == ["memory: too little to measure what a step will need"]
+    monkeypatch.setattr(memory, "kept", failing(memory.kept, ERRORS[0], 1))
+    monkeypatch.setattr(loop, "step", failing(loop.step, ERRORS[0], 1))
+    with pytest.raises(ConfigError, match="use a smaller --batch-size or --gradient-checkpointing"):
+        loop.train(asked)
 
 
 def test_other_faults_stay_what_they_are(

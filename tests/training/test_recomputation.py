@@ -18,11 +18,13 @@ from prefixkit.errors import BackboneError
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.training import loop
 from prefixkit.training.preparation import Prepared
+from prefixkit.training.sweep import sweep
 from tests.architectures import CONFIGS, tiny
 from tests.backbones.test_decoder import wrap
 from tests.ragged import labelled, padded, prompts, random_prefix
 from tests.training.every_kind import PAIRS, prepared
 from tests.training.test_loop import settings
+from tests.training.test_sweep import given
 
 Folder = Callable[..., Path]
 
@@ -63,6 +65,29 @@ def test_loss_and_gradients_of_every_method_are_the_same(method: str, family: st
     assert any(gradient.abs().max() > 0 for gradient in gradients)
     # A probe's gradient goes through no layer.
     assert fewer < kept or method == "linear-probe"
+
+
+def test_a_packed_row_gives_the_same(tmp_path: Path) -> None:
+    run = prepared("prefix-tuning", "llama", tmp_path, layout="packed")
+    run.backbone.model.double()
+    run.method.double()
+    loss, gradients, kept = loss_and_gradients(run)
+    recompute(run.backbone.model)
+    again, others, fewer = loss_and_gradients(run)
+    assert abs(loss - again) <= 1e-10
+    assert all((found - right).abs().max() <= 1e-10 for found, right in zip(others, gradients, strict=True))
+    assert fewer < kept
+
+
+def test_trials_side_by_side_end_the_same(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    asked = given(backbone_folder("llama"), records, steps=4)
+    found = [
+        sweep({**asked, "gradient_checkpointing": again}, {"seed": [0, 1]}, tmp_path / str(again))
+        for again in (False, True)
+    ]
+    assert all(trial.shares for trial in found[1])
+    for plain, recomputed in zip(*found, strict=True):
+        assert Path(plain.prepared.config.output).read_bytes() == Path(recomputed.prepared.config.output).read_bytes()
 
 
 def decoder_pass(family: str) -> tuple[Any, Callable[[], Tensor], list[Tensor]]:
