@@ -31,6 +31,8 @@ _GRADIENTS = 0.5
 _COPIES = 3
 """Tensors of a trained parameter's size: itself and two that AdamW keeps. Gradients come when what was kept goes."""
 _NOTHING_FITS = "use shorter texts, --dtype bfloat16 or a smaller backbone"
+_MARGIN = 1.2
+"""What a process takes for what its tensors need: packed copies of matrices, and pieces that are too small."""
 _UNKNOWN = "memory: too little to measure what a step will need"
 _GIB = 1 << 30
 
@@ -77,7 +79,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether that is free, as far as anybody knows."""
-        return self.free is None or self.needed <= self.free
+        return self.needed <= self._room
 
     def most(self, *, recomputes: bool) -> int:
         """The largest batch, up to the run's own, that fits; 0 where none does."""
@@ -86,7 +88,7 @@ class Estimate:
 
     @property
     def _room(self) -> float:
-        return float("inf") if self.free is None else self.free
+        return float("inf") if self.free is None else self.free / _MARGIN
 
     def told(self) -> str:
         """A line for the user."""

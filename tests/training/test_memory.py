@@ -119,11 +119,11 @@ NEEDS = Estimate(
     ("changes", "told"),
     [
         ({}, "use --batch-size 8 or --gradient-checkpointing"),
-        ({"free": 700 * MIB}, "use --batch-size 6 or --gradient-checkpointing"),
-        ({"free": 300 * MIB}, "use --batch-size 2 or --gradient-checkpointing --batch-size 7"),
+        ({"free": 700 * MIB}, "use --batch-size 5 or --gradient-checkpointing --batch-size 14"),
+        ({"free": 300 * MIB}, "use --batch-size 2 or --gradient-checkpointing --batch-size 6"),
         ({"free": 60 * MIB}, "use --gradient-checkpointing --batch-size 1"),
-        ({"free": 300 * MIB, "recomputes": True}, "use --batch-size 7"),
-        ({"free": 700 * MIB, "packable": True}, "--gradient-checkpointing or --set layout=packed"),
+        ({"free": 300 * MIB, "recomputes": True}, "use --batch-size 6"),
+        ({"free": 700 * MIB, "packable": True}, "--gradient-checkpointing --batch-size 14 or --set layout=packed"),
         ({"free": None}, "use --batch-size 8 or --gradient-checkpointing"),
         ({"free": 30 * MIB}, "use shorter texts, --dtype bfloat16 or a smaller backbone"),
     ],
@@ -137,7 +137,7 @@ def test_what_is_told_before_a_run() -> None:
     assert NEEDS.told() == f"{plenty}; 1024.00 GiB free"
     assert replace(NEEDS, free=None).told() == plenty
     short = replace(NEEDS, free=700 * MIB).told()
-    assert short.startswith(f"{plenty}; 0.68 GiB free, which may not be enough: use --batch-size 6 or")
+    assert short.startswith(f"{plenty}; 0.68 GiB free, which may not be enough: use --batch-size 5 or")
 
 
 class Hears(Silence):
