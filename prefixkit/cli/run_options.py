@@ -29,6 +29,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples a step. [16]")]
 Seed = Annotated[int | None, typer.Option(help="Equal seeds give equal files. [0]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")]
 Dtype = Annotated[str | None, typer.Option(help="What the backbone computes in. [float32]")]
+Compile = Annotated[str | None, typer.Option(help="torch.compile: auto, on or off. [auto]")]
 Config = Annotated[Path | None, typer.Option(help="Settings from a TOML file; flags override it.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as a.b=c. Repeatable.")]
 
@@ -44,6 +45,7 @@ SECTIONS = {
     "seed": "seed",
     "device": "device",
     "dtype": "dtype",
+    "compile": "compile",
     "method": "method.name",
     "length": "method.length",
     "init": "method.init",

@@ -33,6 +33,7 @@ def sweep(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    compile: options.Compile = None,
     config: options.Config = None,
     assignments: options.Assignments = None,
     halving: Annotated[

@@ -32,6 +32,7 @@ def train(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    compile: options.Compile = None,
     config: options.Config = None,
     assignments: options.Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,

@@ -91,6 +91,8 @@ class TrainConfig:
             prompts are trained.
         layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
             the default: packed rows were tested on CPU only.
+        compile: torch.compile: `on`, `off`, or `auto`, which compiles runs of some length on CUDA; on a CPU it gains
+            less than it takes.
     """
 
     backbone: str
@@ -106,6 +108,7 @@ class TrainConfig:
     dtype: str = "float32"
     objective: str = "vocabulary"
     layout: str = "padded"
+    compile: str = "auto"
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -114,6 +117,7 @@ class TrainConfig:
         check_types(self, "")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("objective", self.objective, ("vocabulary", "labels"))
+        one_of("--compile", self.compile, ("auto", "on", "off"))
         one_of("layout", self.layout, ("auto", "padded", "packed"))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         at_least("--batch-size", self.batch_size, 1)
@@ -192,7 +196,7 @@ def toml_value(text: str) -> Any:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
-    for local in ("backbone", "data", "eval_data", "output", "device", "layout"):
+    for local in ("backbone", "data", "eval_data", "output", "device", "layout", "compile"):
         del kept[local]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init

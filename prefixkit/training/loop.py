@@ -29,6 +29,7 @@ from prefixkit.training.objectives import Objective, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 from prefixkit.training.reading import answers, main_score
+from prefixkit.training.warm_up import warm_up
 
 _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
@@ -61,6 +62,7 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
     if not resume and checkpoint.path_of(config.output).exists():
         listener.on_message(f"starting anew: {checkpoint.path_of(config.output)} of an earlier run will be replaced")
     frozen = memory_digest(prepared.backbone.model)
+    warm_up(prepared, prepared.total_steps - state.step, listener)
     try:
         with between_steps(listener.on_message) as check:
             run(prepared, optimizer, state, listener, check)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prefixkit.backbones.backbone import Backbone
+from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
 from prefixkit.backbones.vision import VisionEncoder
@@ -79,6 +80,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
     data = data or Data()
     torch.manual_seed(config.seed)
     backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    fuse_activations(backbone.model)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
     config = _in_slots(config, task)
