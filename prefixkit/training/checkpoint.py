@@ -18,7 +18,7 @@ from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
 # What may differ between a run and its continuation: places, whose contents are compared instead, and when to stop.
-_PLACES = {"backbone", "data", "eval_data", "task", "output", "device", "layout", "evaluation.patience"}
+_PLACES = {"backbone", "data", "eval_data", "task", "output", "device", "layout", "shard", "evaluation.patience"}
 
 
 @dataclass

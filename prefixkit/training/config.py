@@ -22,6 +22,8 @@ from prefixkit.spelling import did_you_mean
 _LARGEST_SEED = 2**53 - 1
 _FILES = ("prefix", "npy")
 """Starts whose argument is a path."""
+_OF_THE_MACHINE = ("backbone", "data", "eval_data", "output", "device", "layout", "compile", "shard")
+"""What changes nothing but where files are and how a run is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class TrainConfig:
             the default: packed rows were tested on CPU only.
         compile: torch.compile: `on`, `off`, or `auto`, which compiles runs of some length on CUDA; on a CPU it gains
             less than it takes.
+        shard: spread the layers of a decoder that does not fit over all of torchrun's processes.
     """
 
     backbone: str
@@ -109,6 +112,7 @@ class TrainConfig:
     objective: str = "vocabulary"
     layout: str = "padded"
     compile: str = "auto"
+    shard: bool = False
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -196,7 +200,7 @@ def toml_value(text: str) -> Any:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
-    for local in ("backbone", "data", "eval_data", "output", "device", "layout", "compile"):
+    for local in _OF_THE_MACHINE:
         del kept[local]
     kind = config.method.init.partition(":")[0]
     kept["method"]["init"] = kind if kind in _FILES else config.method.init

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.sharding import shard
 from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.errors import ConfigError
@@ -28,6 +30,7 @@ from prefixkit.training.examples import Data, with_labels
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
+from prefixkit.training.processes import ALONE, Group
 from prefixkit.training.reading import answer_loss
 from prefixkit.training.start import method_for
 
@@ -48,6 +51,8 @@ class Prepared:
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
         unpacked: a sentence where batches are padded although a packed row would be faster.
+        group: the processes that do it.
+        share: from a step to the summed loss of this process's share of its batch, where there are several.
     """
 
     config: TrainConfig
@@ -64,9 +69,13 @@ class Prepared:
     start_digest: str
     parents: tuple[str, ...]
     unpacked: str | None = None
+    group: Group = ALONE
+    share: Callable[[int], Tensor] | None = None
 
 
-def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None, group: Group = ALONE
+) -> Prepared:
     """Load and check everything before the first step.
 
     Args:
@@ -79,7 +88,7 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
     check_output(config.output, files_of(config), config.backbone)
     data = data or Data()
     torch.manual_seed(config.seed)
-    backbone = backbone or load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    backbone = backbone or _loaded(config, group)
     fuse_activations(backbone.model)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
@@ -112,7 +121,23 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
         start_digest=memory_digest(method),
         parents=tuple(parent.manifest.content or "" for parent in parents),
         unpacked=unpacked,
+        group=group,
     )
+
+
+def _loaded(config: TrainConfig, group: Group) -> Backbone:
+    """The backbone of `config`, or this process's share of it. Raises ConfigError for one that is not to be shared."""
+    if not config.shard:
+        return load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
+    if group.size == 1:
+        step = "start it with torchrun, or leave it out"
+        raise ConfigError("shard", expected="processes to spread the backbone over", found="one", next_step=step)
+    if METHODS[config.method.name].injection == "parameter_delta":
+        found, step = f"--method {config.method.name}", "leave it out"
+        raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
+    backbone = load_backbone(config.backbone, dtype=config.dtype)
+    shard(backbone, device(config.device))
+    return backbone
 
 
 def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:

@@ -22,6 +22,7 @@ from prefixkit.training.examples import Data
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.preparation import device
+from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
 
@@ -66,6 +67,7 @@ def sweep(
         InputError: whatever is wrong with the settings, the data or the folder.
         PrefixkitError: the frozen backbone changed.
     """
+    refuse_several("a sweep", "start it on each machine with --study instead")
     folder, listener = Path(output), listener or Quiet()
     made = configs(settings, grid, folder)
     earlier = trials.read(folder, grid) if resume else []

@@ -23,6 +23,7 @@ from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, files_of, from_mapping
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step
 
 
@@ -73,6 +74,7 @@ def train_together(config: TrainConfig, tasks: Sequence[TaskRun], listener: List
     Raises:
         InputError: whatever is wrong with a task, or a method that cannot be trained with a head.
     """
+    refuse_several("several tasks")
     listener = listener or Silence()
     prepared = _prepared(config, tasks)
     shared = save(_share(prepared, config, listener), config.output)
