@@ -38,6 +38,10 @@ _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
 
 
+class DivergenceError(ConfigError):
+    """The loss is no longer a number."""
+
+
 def train(config: TrainConfig, *, resume: bool = False, listener: Listener | None = None) -> Prefix:
     """Train a prefix as `config` says and write it to `config.output`.
 
@@ -128,7 +132,7 @@ def run(
     `check` is called where the state is whole; it may raise to end the run there.
 
     Raises:
-        ConfigError: the loss is no longer a number.
+        DivergenceError: the loss is no longer a number.
     """
     while not is_over(prepared, optimizer, state, listener):
         check()
@@ -140,9 +144,8 @@ def run(
 def is_over(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> bool:
     """Whether a run has come to its end; validation and checkpoint, where they are due, come first."""
     evaluation = prepared.config.evaluation
-    every = evaluation.every or max(1, prepared.total_steps // 10)
     finished = state.step == prepared.total_steps
-    if state.step != state.validated and (finished or state.step % every == 0):
+    if state.step != state.validated and (finished or state.step % validation_interval(prepared) == 0):
         validate(prepared, state, listener)
         if prepared.group.first:
             checkpoint.save(prepared, optimizer, state)
@@ -150,6 +153,11 @@ def is_over(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, 
         listener.on_message(f"stopped early at step {state.step}: {state.stale} validations without improvement")
         return True
     return finished
+
+
+def validation_interval(prepared: Prepared) -> int:
+    """Steps between validations."""
+    return prepared.config.evaluation.every or max(1, prepared.total_steps // 10)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -168,10 +176,10 @@ def advance(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) 
 
 
 def refuse_divergence(state: State) -> None:
-    """Raise ConfigError where the loss is no longer a number."""
+    """Raise DivergenceError where the loss is no longer a number."""
     if not math.isfinite(state.last_loss):
         found = f"{state.last_loss} at step {state.step}"
-        raise ConfigError("training", expected="a finite loss", found=found, next_step="lower --lr")
+        raise DivergenceError("training", expected="a finite loss", found=found, next_step="lower --lr")
 
 
 def schedule(step: int, prepared: Prepared) -> float:

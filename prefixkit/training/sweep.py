@@ -71,7 +71,7 @@ def sweep(
     folder, listener = Path(output), listener or Quiet()
     made = configs(settings, grid, folder)
     earlier = trials.read(folder, grid) if resume else []
-    with _folder(folder, resume):
+    with kept_folder(folder, resume):
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
@@ -97,7 +97,7 @@ def sweep(
 
 
 @contextmanager
-def _folder(path: Path, resume: bool) -> Iterator[None]:
+def kept_folder(path: Path, resume: bool) -> Iterator[None]:
     """The folder at `path` from here on, unless what is done in the `with` block fails. Raises ConfigError."""
     if (path / trials.RESULTS).exists() and not resume:
         step = "use --resume to go on with it, or another folder"
@@ -176,7 +176,7 @@ def _step(live: Sequence[Trial]) -> int:
 def _refuse_divergence(trial: Trial, listener: Listener) -> None:
     try:
         loop.refuse_divergence(trial.state)
-    except ConfigError as error:
+    except loop.DivergenceError as error:
         trial.status = "diverged"
         checkpoint.path_of(trial.prepared.config.output).unlink(missing_ok=True)
         listener.on_message(f"trial {trial.number} diverged: {error}")

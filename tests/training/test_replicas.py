@@ -16,6 +16,9 @@ import torch
 
 from prefixkit.errors import ConfigError
 from prefixkit.training import loop
+from prefixkit.training.preparation import prepare
+from prefixkit.training.processes import Group
+from prefixkit.training.replicas import replicated
 from tests.training.several import outcome
 from tests.training.test_loop import settings
 
@@ -112,6 +115,23 @@ def test_a_signal_to_one_process_stops_all_of_them_at_one_step(outcomes: tuple[O
 
 def test_one_process_writes_one_file(outcomes: tuple[Outcomes, Path]) -> None:
     assert sorted(path.stem for path in outcomes[1].iterdir()) == sorted(CASES)
+
+
+def test_tokens_cannot_be_searched_for_in_several_processes(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "p", method={"name": "autoprompt", "length": 3})
+    prepared = prepare(config, group=Group(rank=0, size=2))
+    with pytest.raises(ConfigError, match="--method autoprompt: expected one process; found 2"):
+        replicated(prepared)
+
+
+def test_deltas_of_weights_are_refused_where_these_are_spread(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "p", method={"name": "bitfit"}, shard=True)
+    with pytest.raises(ConfigError, match="shard: expected a method beside the weights; found --method bitfit"):
+        prepare(config, group=Group(rank=0, size=2))
 
 
 def test_a_backbone_cannot_be_spread_over_one_process(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
