@@ -49,6 +49,7 @@ FROM_FLOOR = {
     "sacrebleu": 5,
     "peft": 5,
     "optuna": 5,
+    "sqlalchemy": 5,
     "typer": 6,
     "rich": 6,
 }
