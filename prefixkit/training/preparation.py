@@ -86,9 +86,10 @@ def prepare(
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
     check_output(config.output, files_of(config), config.backbone)
+    _check_shard(config, group)
     data = data or Data()
     torch.manual_seed(config.seed)
-    backbone = backbone or _loaded(config, group)
+    backbone = backbone or _loaded(config)
     fuse_activations(backbone.model)
     config = _for_backbone(config, backbone)
     task, tokenizer = _task(config, backbone)
@@ -125,19 +126,23 @@ def prepare(
     )
 
 
-def _loaded(config: TrainConfig, group: Group) -> Backbone:
-    """The backbone of `config`, or this process's share of it. Raises ConfigError for one that is not to be shared."""
+def _loaded(config: TrainConfig) -> Backbone:
+    """The backbone of `config`, or this process's share of it."""
     if not config.shard:
         return load_backbone(config.backbone, device=device(config.device), dtype=config.dtype)
-    if group.size == 1:
-        step = "start it with torchrun, or leave it out"
-        raise ConfigError("shard", expected="processes to spread the backbone over", found="one", next_step=step)
-    if METHODS[config.method.name].injection == "parameter_delta":
-        found, step = f"--method {config.method.name}", "leave it out"
-        raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
     backbone = load_backbone(config.backbone, dtype=config.dtype)
     shard(backbone, device(config.device))
     return backbone
+
+
+def _check_shard(config: TrainConfig, group: Group) -> None:
+    """Raise ConfigError for a backbone that is to be spread and cannot."""
+    if config.shard and group.size == 1:
+        step = "start it with torchrun, or leave it out"
+        raise ConfigError("shard", expected="processes to spread the backbone over", found="one", next_step=step)
+    if config.shard and METHODS[config.method.name].injection == "parameter_delta":
+        found, step = f"--method {config.method.name}", "leave it out"
+        raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
 
 
 def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:

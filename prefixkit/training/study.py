@@ -103,16 +103,22 @@ class _Worker:
         states = self.optuna.trial.TrialState
         trials = self.study.get_trials(deepcopy=False)
         live = [trial for trial in trials if trial.state == states.RUNNING]
+        numbers = [self._number(trial) for trial in live]
         # A trial that has only just begun has no settings yet.
-        begun = len({self.points.index(trial.params) for trial in trials if trial.params})
-        begun += sum(not trial.params for trial in live)
+        begun = len({self._number(trial) for trial in trials} - {None}) + numbers.count(None)
         if begun < len(self.points) or any(trial.state == states.WAITING for trial in trials):
             return True
         return False if live else None
 
+    def _number(self, trial: Any) -> int | None:
+        return self.points.index(trial.params) if trial.params in self.points else None
+
     def take(self) -> None:
         """Do one trial."""
-        self.study.optimize(self._trial, n_trials=1)
+        try:
+            self.study.optimize(self._trial, n_trials=1)
+        except self.optuna.exceptions.UpdateFinishedTrialError:
+            self.listener.on_message("this worker was silent for long: another has taken its trial over")
         self.write()
 
     def look(self) -> None:
@@ -133,6 +139,8 @@ class _Worker:
         except self.optuna.TrialPruned:
             kept.unlink(missing_ok=True)
             raise
+        except self.optuna.exceptions.UpdateFinishedTrialError:
+            raise
         except loop.DivergenceError as error:
             self.listener.on_message(str(error))
             kept.unlink(missing_ok=True)
@@ -142,11 +150,13 @@ class _Worker:
             self.shared.again(trial.number)
             raise
         trial.set_user_attr("metrics", metrics)
-        return metrics["validation_score" if self.scored else "validation_loss"]
+        return metrics.get("validation_score" if self.scored else "validation_loss", math.nan)
 
     def write(self) -> list[dict[str, Any]]:
         """Write how the trials stand, and the best of them; all workers come to the same."""
-        last = {self.points.index(trial.params): trial for trial in self.study.get_trials() if trial.params}
+        complete = self.optuna.trial.TrialState.COMPLETE
+        tried = sorted(self.study.get_trials(), key=lambda trial: (trial.state == complete, trial.number))
+        last = {number: trial for trial in tried if (number := self._number(trial)) is not None}
         trials = [self._record(number, last[number]) for number in sorted(last)]
         ended = [trial for trial in trials if trial["status"] == "finished"]
         best = min(ended, key=self._rank, default=None)

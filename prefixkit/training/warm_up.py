@@ -65,11 +65,19 @@ def wants_compiled(prepared: Prepared, steps: int, listener: Listener) -> bool:
     choice, backbone = prepared.config.compile, prepared.backbone
     if choice == "off" or (choice == "auto" and not pays(backbone, steps)):
         return False
-    if backbone.paired or uses_registry(backbone.model):
+    if (reason := _obstacle(prepared)) is None:
         return True
-    reason = f"{backbone.identity.family} takes a prefix through a cache, which grows as it is read"
     _give_up("--compile", choice, "use --compile off", reason, listener)
     return False
+
+
+def _obstacle(prepared: Prepared) -> str | None:
+    backbone = prepared.backbone
+    if prepared.config.shard:
+        return "its layers are spread over several processes"
+    if backbone.paired or uses_registry(backbone.model):
+        return None
+    return f"{backbone.identity.family} takes a prefix through a cache, which grows as it is read"
 
 
 def pays(backbone: Backbone, steps: int) -> bool:

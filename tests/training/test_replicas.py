@@ -19,6 +19,7 @@ from prefixkit.training import loop
 from prefixkit.training.preparation import prepare
 from prefixkit.training.processes import Group
 from prefixkit.training.replicas import replicated
+from tests.conftest import WORDS
 from tests.training.several import outcome
 from tests.training.test_loop import settings
 
@@ -37,11 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True, "double": True},
     "sharded llama": {"shard": True, "family": "llama", "double": True},
     "sharded small batch": {"shard": True, "batch_size": 1, "double": True},
+    "head": {"labelled": True, "shard": True},
     "stopped": {"stopped": 5, "double": True},
     "patience": {"patience": 1, "every": 1, "double": True},
     "dropped": {"dropped": True, "double": True},
 }
-TOLERANCE = {"single": 1e-5}
+TOLERANCE = {"single": 1e-5, "head": 1e-5}
 HOW = ("double", "dropped", "stopped")
 
 
@@ -57,11 +59,21 @@ def given(folder: Folder, records: Path, output: Path, name: str) -> dict[str, A
     asked = {"batch_size": 5, "steps": 8, **CASES[name]}
     lr = {"lr": 0.1 if "method" not in asked else 0.01, "loss": asked.pop("loss", "mean")}
     evaluation = {"every": asked.pop("every", 4), "patience": asked.pop("patience", 0)}
+    if asked.pop("labelled", False):
+        records, evaluation["metric"] = labelled(output.parent.parent), "score"
+        asked |= {"task": "classification", "method": {"name": "p-tuning-v2", "length": 3}}
     changes = {key: value for key, value in asked.items() if key not in (*HOW, "family")}
     config = settings(
         folder(asked.get("family", "gpt2")), records, output, optimizer=lr, evaluation=evaluation, **changes
     )
     return {key: value for key, value in asdict(config).items() if value is not None}
+
+
+def labelled(folder: Path) -> Path:
+    """Examples for a head; their classes are shared unequally."""
+    rows = [{"text": f"{word} near the mill", "label": str(len(word) > 4)} for word in WORDS]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "labelled.jsonl"
 
 
 @pytest.fixture(scope="module")
