@@ -31,24 +31,21 @@ def stacks(model: PreTrainedModel) -> Sequence[nn.Module]:
 def compile_stacks(model: PreTrainedModel, *, backend: str = "inductor", mode: str | None = None) -> None:
     """Let passes with gradients run compiled from here on; the first of them compiles. `restore_stacks` undoes it.
 
+    A stack that is compiled already stays so: runs of one backbone, one after the other, compile once.
+
     Args:
         mode: of torch.compile; `reduce-overhead` records CUDA graphs, one for each length of rows.
     """
     config.recompile_limit = max(config.recompile_limit, _RECOMPILATIONS)
     for stack in stacks(model):
-        restore(stack)
-        stack.__dict__["forward"] = _with_gradients(stack.forward, backend, mode)
+        if "forward" not in stack.__dict__:
+            stack.__dict__["forward"] = _with_gradients(stack.forward, backend, mode)
 
 
 def restore_stacks(model: PreTrainedModel) -> None:
     """Undo `compile_stacks`."""
     for stack in stacks(model):
-        restore(stack)
-
-
-def restore(stack: nn.Module) -> None:
-    """Give `stack` back the forward pass of its class."""
-    stack.__dict__.pop("forward", None)
+        stack.__dict__.pop("forward", None)
 
 
 def _with_gradients(forward: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:

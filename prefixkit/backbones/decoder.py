@@ -172,11 +172,13 @@ class Decoder(Backbone):
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` [batch, seq] that are not -100.
 
-        Each stands one position before its token, so that the first token of a row cannot be asked for.
+        Each stands one position before its token, so that the first token of a row cannot be asked for, and nothing
+        needs the last one. Where examples share a row it stays: what keeps them apart is as long as the row.
         """
         chosen = (labels != -100).roll(-1, dims=1)
         chosen[:, -1] = False
-        return self.logits_where(chosen, input_ids, attention_mask, prefix)
+        read = slice(None) if isinstance(prefix, PackedPrefixes) else slice(-1)
+        return self.logits_where(chosen[:, read], input_ids[:, read], attention_mask[:, read], prefix)
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:

@@ -91,8 +91,8 @@ class TrainConfig:
     Attributes:
         objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
             prompts are trained.
-        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
-            the default: packed rows were tested on CPU only.
+        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed, once a
+            first batch has shown the same loss.
         compile: torch.compile: `on`, `off`, or `auto`, which compiles runs of some length on CUDA; on a CPU it gains
             less than it takes.
         shard: spread the layers of a decoder that does not fit over all of torchrun's processes.
@@ -110,7 +110,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     objective: str = "vocabulary"
-    layout: str = "padded"
+    layout: str = "auto"
     compile: str = "auto"
     shard: bool = False
     method: MethodSettings = field(default_factory=lambda: method_settings({}))

@@ -18,13 +18,14 @@ from prefixkit.errors import ConfigError, InputError, PrefixkitError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop, side_by_side, trials
 from prefixkit.training.config import TrainConfig
-from prefixkit.training.examples import Data
+from prefixkit.training.examples import Data, collate_for
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.preparation import device
 from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
+from prefixkit.training.warm_up import warm_up
 
 BEST = "best.safetensors"
 
@@ -79,6 +80,7 @@ def sweep(
         trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
+    _warm_up(found, listener)
     try:
         with between_steps(listener.on_message) as check:
             _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
@@ -129,6 +131,16 @@ def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], liste
         wanted = "which takes keys and values for words, labels or tags"
         listener.on_message(f"{told}: computed one after the other, not side by side, {wanted}")
     return found
+
+
+def _warm_up(found: Sequence[Trial], listener: Listener) -> None:
+    """Settle for all trials, by the first, how they are computed."""
+    first = found[0].prepared
+    collate = first.batches.collate
+    warm_up(first, first.total_steps, listener, beside=found[0].shares)
+    if first.batches.collate is not collate:
+        for trial in found:
+            trial.prepared.batches.collate = collate_for(trial.prepared.task, first.backbone)
 
 
 def _refuse_unequal(found: Sequence[Trial]) -> None:

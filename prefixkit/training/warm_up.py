@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.compiled import compile_stacks, restore_stacks
-from prefixkit.data.packing import pack
 from prefixkit.errors import ConfigError, InputError
+from prefixkit.training import layout
 from prefixkit.training.examples import collate_for
 from prefixkit.training.preparation import Prepared
 from prefixkit.training.progress import Listener
@@ -33,25 +33,28 @@ SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.fl
 """How far a loss may be from the plain one, relatively: the rounding of other kernels."""
 
 
-def warm_up(prepared: Prepared, steps: int, listener: Listener) -> None:
+def warm_up(prepared: Prepared, steps: int, listener: Listener, *, beside: bool = False) -> None:
     """Settle how the batches of a run with so many `steps` to go are computed, and compile.
 
     Where settings leave a choice, what does not work is left alone, with a sentence that says why.
+
+    Args:
+        beside: whether rows of other runs will stand beside its own.
 
     Raises:
         ConfigError: what settings ask for does not work.
     """
     compiles = wants_compiled(prepared, steps, listener)
-    packs = prepared.config.layout == "auto" and prepared.batches.collate is pack
+    packs = prepared.config.layout == "auto" and layout.packs(prepared.batches.collate)
     if not compiles and not packs:
         return
     plain = collate_for(prepared.task, prepared.backbone)
     expected = _loss_of(prepared, plain)
-    if compiles and (reason := _compiled(prepared, expected, listener)) is not None:
+    if compiles and (reason := _compiled(prepared, expected, listener, beside)) is not None:
         restore_stacks(prepared.backbone.model)
-        _give_up("--compile", prepared.config.compile, "use --compile off", reason, listener)
+        _give_up(prepared, reason, listener)
         compiles = False
-    if packs and not compiles and (reason := _differs(prepared, expected)) is not None:
+    if packs and not compiles and (reason := _differs(prepared, expected, beside)) is not None:
         prepared.batches.collate = plain
         listener.on_message(f"batches are padded: {reason}")
 
@@ -67,7 +70,7 @@ def wants_compiled(prepared: Prepared, steps: int, listener: Listener) -> bool:
         return False
     if (reason := _obstacle(prepared)) is None:
         return True
-    _give_up("--compile", choice, "use --compile off", reason, listener)
+    _give_up(prepared, reason, listener)
     return False
 
 
@@ -85,18 +88,19 @@ def pays(backbone: Backbone, steps: int) -> bool:
     return backbone.device.type == "cuda" and steps >= WORTH
 
 
-def _give_up(where: str, choice: str, step: str, reason: str, listener: Listener) -> None:
-    if choice == "on":
-        raise ConfigError(where, expected="a model that torch.compile can take", found=reason, next_step=step)
+def _give_up(prepared: Prepared, reason: str, listener: Listener) -> None:
+    if prepared.config.compile == "on":
+        expected, step = "a model that torch.compile can take", "use --compile off"
+        raise ConfigError("--compile", expected=expected, found=reason, next_step=step)
     listener.on_message(f"not compiled: {reason}")
 
 
-def _compiled(prepared: Prepared, expected: float, listener: Listener) -> str | None:
+def _compiled(prepared: Prepared, expected: float, listener: Listener, beside: bool) -> str | None:
     """Compile; gives why that does not work, or None."""
     listener.on_message("compiling the frozen model; the first step follows in about a minute")
     began, backbone = time.monotonic(), prepared.backbone
     compile_stacks(backbone.model, backend=BACKEND, mode=_mode(backbone, prepared))
-    reason = _differs(prepared, expected)
+    reason = _differs(prepared, expected, beside)
     if reason is None:
         listener.on_message(f"compiled in {time.monotonic() - began:.0f} s")
     return reason
@@ -108,10 +112,10 @@ def _mode(backbone: Backbone, prepared: Prepared) -> str | None:
     return "reduce-overhead"
 
 
-def _differs(prepared: Prepared, expected: float) -> str | None:
+def _differs(prepared: Prepared, expected: float, beside: bool) -> str | None:
     """What is wrong with the loss of the first batch as it is computed now, and with its gradients; None if nothing."""
     try:
-        found = _loss_of(prepared, prepared.batches.collate, gradients=True)
+        found = _loss_of(prepared, prepared.batches.collate, gradients=True, beside=beside)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # compilers raise many unrelated types
@@ -122,12 +126,18 @@ def _differs(prepared: Prepared, expected: float) -> str | None:
     return None
 
 
-def _loss_of(prepared: Prepared, collate: Callable[..., Any], *, gradients: bool = False) -> float:
+def _loss_of(
+    prepared: Prepared, collate: Callable[..., Any], *, gradients: bool = False, beside: bool = False
+) -> float:
     """The loss of the first batch, in nats a target token."""
     batches = prepared.batches
     batch = collate([batches.examples[index] for index in batches.indices(0)])
     with torch.set_grad_enabled(gradients):
-        loss = prepared.objective(prepared.backbone, batch, prepared.method())
+        received: Any = prepared.method()
+        # What a head reads is laid out behind it, run by run.
+        if beside and prepared.task.answer is None:
+            received = layout.laid_each(prepared.backbone, batch, received)
+        loss = prepared.objective(prepared.backbone, batch, received)
         if gradients:
             _refuse_none(torch.autograd.grad(loss, _trained(prepared.method), allow_unused=True))
     return float(loss.item() / batch.target_tokens)

@@ -103,6 +103,7 @@ def setting_of(case: Case, options: argparse.Namespace, folder: Path) -> Setting
         dtype="float32" if quick else case.dtype,
         # Ours are packed where they would be on CUDA, also when that is only tried.
         layout="packed" if case.device == "cuda" else "padded",
+        compile=options.compile,
         threads=options.threads,
     )
 
@@ -122,6 +123,9 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, help="a folder, in the place of the cases' own")
     parser.add_argument("--data", type=Path, default=E2E / "train.jsonl.gz", help="E2E, for the cases that train on it")
     parser.add_argument("--eval-data", type=Path, default=E2E / "valid.jsonl", help="the same, for h200-e2e-wall")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="ours, as `prefixkit train` has it"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
