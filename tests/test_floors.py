@@ -48,6 +48,8 @@ FROM_FLOOR = {
     "onnx_ir": 5,
     "sacrebleu": 5,
     "peft": 5,
+    "optuna": 5,
+    "sqlalchemy": 5,
     "typer": 6,
     "rich": 6,
 }

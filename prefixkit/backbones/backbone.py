@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from prefixkit.backbones.compiled import restore_stacks
 from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
+from prefixkit.backbones.recomputation import keep
 from prefixkit.backbones.targets import Output, Targets
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
@@ -165,6 +167,16 @@ class Backbone(ABC):
         num_beams: int = 1,
     ) -> list[list[int]]:
         """What the model writes for each prompt, as if that prompt were alone, up to the first stop token."""
+
+    def release(self) -> PreTrainedModel:
+        """The model as `transformers` made it: without our hooks, nothing compiled or computed again."""
+        for name in ("_attachment", "_stacks"):
+            if name in self.__dict__:
+                getattr(self, name).remove()
+                del self.__dict__[name]
+        restore_stacks(self.model)
+        keep(self.model)
+        return self.model
 
     @contextmanager
     def _logits_only_at(self, chosen: Tensor) -> Iterator[None]:

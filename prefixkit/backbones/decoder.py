@@ -135,13 +135,6 @@ class Decoder(Backbone):
         made = self.key_values(received)
         return None if made is None else FixedPrefix(made), self._numbered(ids, made)
 
-    def release(self) -> PreTrainedModel:
-        """The model as `transformers` made it, without our hooks."""
-        if "_attachment" in self.__dict__:
-            self._attachment.remove()
-            del self.__dict__["_attachment"]
-        return self.model
-
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Received | None = None) -> Tensor:
         """Next-token logits [batch, seq, vocab] of `input_ids` [batch, seq], each row as if it were alone.
 
@@ -172,11 +165,13 @@ class Decoder(Backbone):
     ) -> Tensor:
         """The logits [tokens, vocab] that predict the tokens of `labels` [batch, seq] that are not -100.
 
-        Each stands one position before its token, so that the first token of a row cannot be asked for.
+        Each stands one position before its token, so that the first token of a row cannot be asked for, and nothing
+        needs the last one. Where examples share a row it stays: what keeps them apart is as long as the row.
         """
         chosen = (labels != -100).roll(-1, dims=1)
         chosen[:, -1] = False
-        return self.logits_where(chosen, input_ids, attention_mask, prefix)
+        read = slice(None) if isinstance(prefix, PackedPrefixes) else slice(-1)
+        return self.logits_where(chosen[:, read], input_ids[:, read], attention_mask[:, read], prefix)
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:

@@ -135,13 +135,6 @@ class Encoder(Backbone):
         prefix = part_of(None if received is None else self.fold(received), KeyValuePrefix)
         return None if prefix is None else FixedPrefix(prefix)
 
-    def release(self) -> PreTrainedModel:
-        """The model as `transformers` made it, without our hooks."""
-        if "_attachment" in self.__dict__:
-            self._attachment.remove()
-            del self.__dict__["_attachment"]
-        return self.model
-
     def states(self, inputs: Mapping[str, Tensor], received: Received | None = None) -> Tensor:
         """The final states [batch, seq, hidden] of `input_ids` [batch, seq], padded on the right."""
         prompt = part_of(received, EmbeddingPrompt)

@@ -143,13 +143,6 @@ class EncoderDecoder(Backbone):
             seen = torch.cat([mask.new_ones(rows.shape[:2]), mask], dim=1)
             yield model, {"inputs_embeds": torch.cat([rows, vectors], dim=1), "attention_mask": seen}
 
-    def release(self) -> PreTrainedModel:
-        """The model as `transformers` made it, without our hooks."""
-        if "_stacks" in self.__dict__:
-            self._stacks.remove()
-            del self.__dict__["_stacks"]
-        return self.model
-
     def logits(
         self,
         input_ids: Tensor,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixkit.backbones.positions import has_alibi
@@ -95,10 +96,14 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
 
 
 def memory_digest(model: PreTrainedModel) -> str:
-    """BLAKE3 over every backbone tensor in memory, to compare before and after training. Not the stored digest."""
+    """BLAKE3 over every backbone tensor in memory, to compare before and after training. Not the stored digest.
+
+    Of a backbone that is spread over processes, over this one's part.
+    """
     tree = blake3()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("prefixkit."):
             tree.update(name.encode())
-            tree.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            own: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            tree.update(own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return f"b3m-v1:{tree.hexdigest()}"

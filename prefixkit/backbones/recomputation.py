@@ -26,7 +26,7 @@ from prefixkit.errors import BackboneError
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Let every layer of `model`, once and for all, be computed again wherever a gradient goes back through it.
+    """Let every layer of `model` be computed again wherever a gradient goes back through it, until `keep` undoes it.
 
     Raises:
         BackboneError: an architecture whose layers are not known to give the same twice.
@@ -38,6 +38,12 @@ def recompute(model: PreTrainedModel) -> None:
     for index, layer in enumerate(layers):
         if "forward" not in layer.__dict__:
             layer.__dict__["forward"] = _twice(layer, index)
+
+
+def keep(model: PreTrainedModel) -> None:
+    """Undo `recompute`."""
+    for layer in layers_to_recompute(model):
+        layer.__dict__.pop("forward", None)
 
 
 def layers_to_recompute(model: PreTrainedModel) -> list[nn.Module]:

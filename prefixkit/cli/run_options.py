@@ -34,6 +34,7 @@ Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing", help="Compute layers again in the backward pass, to save memory."),
 ]
+Compile = Annotated[str | None, typer.Option(help="torch.compile: auto, on or off. [auto]")]
 Config = Annotated[Path | None, typer.Option(help="Settings from a TOML file; flags override it.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as a.b=c. Repeatable.")]
 
@@ -51,6 +52,7 @@ SECTIONS = {
     "dtype": "dtype",
     "quantize": "quantize",
     "gradient_checkpointing": "gradient_checkpointing",
+    "compile": "compile",
     "method": "method.name",
     "length": "method.length",
     "init": "method.init",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prefixkit.cli import run_options as options
+from prefixkit.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -35,11 +36,15 @@ def sweep(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     gradient_checkpointing: options.Checkpointing = None,
+    compile: options.Compile = None,
     config: options.Config = None,
     assignments: options.Assignments = None,
     halving: Annotated[
         bool, typer.Option("--halving", help="Drop the worse half again and again; the better gets its batches.")
     ] = False,
+    study: Annotated[
+        str | None, typer.Option(help="A database, as sqlite:///study.db: machines share its trials, one worker each.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted sweep stopped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -54,6 +59,10 @@ def sweep(
     from prefixkit.training.trials import RESULTS, best_of
 
     quiet_transformers()
+    if study is not None:
+        _share(settings, axes(grid), output, study, halving, resume)
+        _print_study(output, as_json)
+        return
     with SweepDisplay() as display:
         trials = run(settings, axes(grid), output, halving=halving, resume=resume, listener=display)
     best = best_of(trials)
@@ -64,3 +73,32 @@ def sweep(
     if best is not None:
         told = ", ".join(f"{key} {value}" for key, value in best.point.items())
         typer.echo(f"wrote {output / BEST} (trial {best.number}: {told}; validation loss {best.state.best_loss:.4f})")
+
+
+def _share(
+    settings: dict[str, Any], grid: dict[str, list[Any]], output: Path, study: str, halving: bool, resume: bool
+) -> None:
+    from prefixkit.cli.training_display import TrainingDisplay
+    from prefixkit.training.study import work
+
+    if resume:
+        step = "leave --resume out: the same command goes on with the study"
+        raise ConfigError("--resume", expected="a sweep of one worker", found="--study", next_step=step)
+    with TrainingDisplay() as display:
+        work(settings, grid, output, study, halving=halving, listener=display)
+
+
+def _print_study(output: Path, as_json: bool) -> None:
+    from prefixkit.training.sweep import BEST
+    from prefixkit.training.trials import RESULTS
+
+    stored = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    if as_json:
+        typer.echo(json.dumps(stored, sort_keys=True))
+        return
+    for trial in stored["trials"]:
+        told = ", ".join(f"{key} {value}" for key, value in trial["settings"].items())
+        loss = f"validation loss {trial['validation_loss']:.4f}" if trial["output"] else trial["status"]
+        typer.echo(f"trial {trial['trial']}: {told}; {loss}")
+    if stored["best"] is not None:
+        typer.echo(f"wrote {output / BEST} (trial {stored['best']})")

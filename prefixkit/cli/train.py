@@ -34,6 +34,7 @@ def train(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     gradient_checkpointing: options.Checkpointing = None,
+    compile: options.Compile = None,
     config: options.Config = None,
     assignments: options.Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,
@@ -44,15 +45,17 @@ def train(
     from prefixkit.cli.training_display import TrainingDisplay, quiet_transformers
     from prefixkit.training.config import from_mapping
     from prefixkit.training.loop import train as run
+    from prefixkit.training.processes import is_first
 
     quiet_transformers()
     if "tasks" in settings or "patterns" in settings:
         _train_several(settings, str(config), resume, as_json)
         return
     run_config = from_mapping(settings, str(config) if config is not None else "train")
-    with TrainingDisplay() as display:
+    with TrainingDisplay(shown=is_first()) as display:
         prefix = run(run_config, resume=resume, listener=display)
-    _print_result(run_config.output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
+    if is_first():
+        _print_result(run_config.output, dict(prefix.manifest.provenance.metrics), prefix.manifest.content, as_json)
 
 
 def _train_several(settings: dict[str, Any], where: str, resume: bool, as_json: bool) -> None:

@@ -19,8 +19,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class TrainingDisplay:
     """A listener that draws on standard error."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, *, shown: bool = True) -> None:
+        self.console = Console(stderr=True, quiet=not shown)
         self.bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),

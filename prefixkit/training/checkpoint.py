@@ -13,22 +13,12 @@ from torch import Tensor
 from prefixkit.errors import ConfigError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.methods.method import Method
-from prefixkit.training.config import recorded
+from prefixkit.training.config import OF_THE_MACHINE, recorded
 from prefixkit.training.preparation import Prepared
 
 LAYOUT = 1
 # What may differ between a run and its continuation: places, whose contents are compared instead, and when to stop.
-_PLACES = {
-    "backbone",
-    "data",
-    "eval_data",
-    "task",
-    "output",
-    "device",
-    "layout",
-    "gradient_checkpointing",
-    "evaluation.patience",
-}
+_PLACES = {*OF_THE_MACHINE, "task", "evaluation.patience"}
 
 
 @dataclass

@@ -22,6 +22,10 @@ from prefixkit.spelling import did_you_mean
 _LARGEST_SEED = 2**53 - 1
 _FILES = ("prefix", "npy")
 """Starts whose argument is a path."""
+OF_THE_MACHINE = frozenset(
+    ("backbone", "data", "eval_data", "output", "device", "layout", "compile", "shard", "gradient_checkpointing")
+)
+"""What changes nothing but where files are and how a run is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +93,11 @@ class TrainConfig:
     Attributes:
         objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
             prompts are trained.
-        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed. Not yet
-            the default: packed rows were tested on CPU only.
+        layout: `padded` rows or one `packed` row, for the same losses; `auto` packs on CUDA what can be packed, once a
+            first batch has shown the same loss.
+        compile: torch.compile: `on`, `off`, or `auto`, which compiles runs of some length on CUDA; on a CPU it gains
+            less than it takes.
+        shard: spread the layers of a decoder that does not fit over all of torchrun's processes.
         quantize: `nf4` rounds the backbone's linear layers to four bits a weight; None leaves them as they are.
         gradient_checkpointing: compute the layers again in the backward pass, for the same losses in less memory.
     """
@@ -107,7 +114,9 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     objective: str = "vocabulary"
-    layout: str = "padded"
+    layout: str = "auto"
+    compile: str = "auto"
+    shard: bool = False
     quantize: str | None = None
     gradient_checkpointing: bool = False
     method: MethodSettings = field(default_factory=lambda: method_settings({}))
@@ -118,6 +127,7 @@ class TrainConfig:
         check_types(self, "")
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("objective", self.objective, ("vocabulary", "labels"))
+        one_of("--compile", self.compile, ("auto", "on", "off"))
         one_of("layout", self.layout, ("auto", "padded", "packed"))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if self.quantize is not None:
@@ -198,7 +208,7 @@ def toml_value(text: str) -> Any:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """What the provenance keeps of `config`: no paths and nothing of the machine; equal runs give equal files."""
     kept = asdict(replace(config, task=Path(config.task).stem))
-    for local in ("backbone", "data", "eval_data", "output", "device", "layout", "gradient_checkpointing"):
+    for local in OF_THE_MACHINE:
         del kept[local]
     if config.quantize is None:
         del kept["quantize"]

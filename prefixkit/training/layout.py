@@ -115,10 +115,15 @@ def states_of_several(
     return found.new_zeros(*mask.shape, found.shape[1]).index_put(mask.nonzero(as_tuple=True), found)
 
 
-def laid(backbone: Backbone, batch: Any, received: Injection | None) -> Received | None:
+def laid(backbone: Backbone, batch: Any, received: Received | None) -> Received | None:
     """`received` as a backbone takes it beside `batch`."""
-    if not isinstance(batch, PackedBatch):
+    if not isinstance(batch, PackedBatch) or isinstance(received, Several):
         return received
+    return laid_each(backbone, batch, received)
+
+
+def laid_each(backbone: Backbone, batch: Batch, received: Injection | None) -> Several:
+    """The prefix of `received` for each example of `batch`, as runs side by side have theirs."""
     owner = torch.zeros(batch.examples, dtype=torch.long, device=backbone.device)
     return laid_several(batch, [_prefix(backbone, received)], owner)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefixkit import __version__
 from prefixkit.backbones.backbone import Backbone
@@ -29,11 +30,18 @@ from prefixkit.training.memory import within_memory
 from prefixkit.training.objectives import Objective, reduced
 from prefixkit.training.out_of_memory import OutOfMemoryError
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.processes import ALONE, Group, processes
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 from prefixkit.training.reading import answers, main_score
+from prefixkit.training.replicas import replicated
+from prefixkit.training.warm_up import warm_up
 
 _LARGER = 2
 """Validation needs no gradients: batches this many times larger."""
+
+
+class DivergenceError(ConfigError):
+    """The loss is no longer a number."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, listener: Listener | None = None) -> Prefix:
@@ -42,6 +50,8 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
     Ctrl-C keeps what was done: the prefix so far is written, the state is kept for `resume`, and the interrupt goes on.
     So does running out of memory.
 
+    Started by torchrun, all its processes train the one prefix; the first of them writes and tells.
+
     Returns:
         The prefix that was written: the one of the best validation, or the last one without validation data.
 
@@ -49,12 +59,15 @@ def train(config: TrainConfig, *, resume: bool = False, listener: Listener | Non
         InputError: whatever is wrong with the backbone, the data, the task or the options; nothing is written.
         PrefixkitError: the frozen backbone changed.
     """
-    return complete(prepare(config), resume=resume, listener=listener or Silence())
+    with processes(config.device) as group:
+        told = listener if listener is not None and group.first else Silence()
+        return complete(prepare(config, group=group), resume=resume, listener=told)
 
 
 def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
     """Run what was prepared to its end and write it, as `train` does."""
-    config, optimizer = prepared.config, make_optimizer(prepared)
+    config, group, optimizer = prepared.config, prepared.group, make_optimizer(prepared)
+    prepared.share = replicated(prepared)
     state = checkpoint.restore(prepared, optimizer) if resume else State()
     if cut := count_truncated(prepared.batches.examples):
         told = f"{cut} of {len(prepared.batches.examples)} training examples lost the end of their input"
@@ -66,18 +79,26 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
     frozen = memory_digest(prepared.backbone.model)
     try:
         with between_steps(listener.on_message) as check, within_memory(prepared, listener):
-            run(prepared, optimizer, state, listener, check)
+            warm_up(prepared, prepared.total_steps - state.step, listener)
+            run(prepared, optimizer, state, listener, lambda: group.together(check))
     except AtOnce:
         raise
-    except (KeyboardInterrupt, OutOfMemoryError):
-        kept = checkpoint.save(prepared, optimizer, state)
-        save(result(prepared, state), config.output)
-        listener.on_message(f"stopped at step {state.step}; {config.output} holds the prefix so far, {kept} the state")
+    except (KeyboardInterrupt, OutOfMemoryError) as error:
+        if group.first:
+            kept = checkpoint.save(prepared, optimizer, state)
+            save(result(prepared, state), config.output)
+            told = f"stopped at step {state.step}; {config.output} holds the prefix so far, {kept} the state"
+            listener.on_message(told)
+        # Who ends first is taken for a failure, and the others are killed. Memory may have run out here alone.
+        if isinstance(error, KeyboardInterrupt):
+            group.wait()
         raise
     if memory_digest(prepared.backbone.model) != frozen:
         raise PrefixkitError(config.backbone, expected="frozen weights", found="weights that changed during training")
-    prefix = save(result(prepared, state), config.output)
-    checkpoint.path_of(config.output).unlink(missing_ok=True)
+    prefix = result(prepared, state)
+    if group.first:
+        prefix = save(prefix, config.output)
+        checkpoint.path_of(config.output).unlink(missing_ok=True)
     return prefix
 
 
@@ -115,7 +136,7 @@ def run(
     `check` is called where the state is whole; it may raise to end the run there.
 
     Raises:
-        ConfigError: the loss is no longer a number.
+        DivergenceError: the loss is no longer a number.
     """
     while not is_over(prepared, optimizer, state, listener):
         check()
@@ -127,15 +148,20 @@ def run(
 def is_over(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> bool:
     """Whether a run has come to its end; validation and checkpoint, where they are due, come first."""
     evaluation = prepared.config.evaluation
-    every = evaluation.every or max(1, prepared.total_steps // 10)
     finished = state.step == prepared.total_steps
-    if state.step != state.validated and (finished or state.step % every == 0):
+    if state.step != state.validated and (finished or state.step % validation_interval(prepared) == 0):
         validate(prepared, state, listener)
-        checkpoint.save(prepared, optimizer, state)
+        if prepared.group.first:
+            checkpoint.save(prepared, optimizer, state)
     if evaluation.patience and state.stale >= evaluation.patience:
         listener.on_message(f"stopped early at step {state.step}: {state.stale} validations without improvement")
         return True
     return finished
+
+
+def validation_interval(prepared: Prepared) -> int:
+    """Steps between validations."""
+    return prepared.config.evaluation.every or max(1, prepared.total_steps // 10)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -154,10 +180,10 @@ def advance(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) 
 
 
 def refuse_divergence(state: State) -> None:
-    """Raise ConfigError where the loss is no longer a number."""
+    """Raise DivergenceError where the loss is no longer a number."""
     if not math.isfinite(state.last_loss):
         found = f"{state.last_loss} at step {state.step}"
-        raise ConfigError("training", expected="a finite loss", found=found, next_step="lower --lr")
+        raise DivergenceError("training", expected="a finite loss", found=found, next_step="lower --lr")
 
 
 def schedule(step: int, prepared: Prepared) -> float:
@@ -172,12 +198,18 @@ def schedule(step: int, prepared: Prepared) -> float:
 
 def step(prepared: Prepared, optimizer: torch.optim.Optimizer, batch: Any, number: int) -> float:
     """One optimizer step, the one of `number`; returns the loss in nats a target token."""
-    settings = prepared.config.optimizer
-    total = prepared.objective(prepared.backbone, batch, prepared.method())
-    how, tokens, examples = settings.loss, batch.target_tokens, batch.examples
-    reduced(total, how=how, tokens=tokens, examples=examples).backward()  # type: ignore[no-untyped-call]
+    how, group, tokens = prepared.config.optimizer.loss, prepared.group, batch.target_tokens
+    total = _total(prepared, batch) if prepared.share is None else prepared.share(number)
+    # Going backward in several processes leaves the mean of their gradients, where the sum is wanted.
+    loss = reduced(total, how=how, tokens=tokens / group.size, examples=batch.examples / group.size)
+    loss.backward()  # type: ignore[no-untyped-call]
     update(prepared, optimizer, number)
-    return float(total.item() / tokens)
+    return float(group.summed(total.item())[0] / tokens)
+
+
+def _total(prepared: Prepared, batch: Any) -> Tensor:
+    """The summed loss of a batch in nats."""
+    return prepared.objective(prepared.backbone, batch, prepared.method())
 
 
 def update(prepared: Prepared, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -185,15 +217,10 @@ def update(prepared: Prepared, optimizer: torch.optim.Optimizer, number: int) ->
     torch.nn.utils.clip_grad_norm_(prepared.method.parameters(), prepared.config.optimizer.max_grad_norm)
     if isinstance(optimizer, HotFlip):
         following = prepared.batches.batch(number + 1)
-        optimizer.step(lambda: _loss(prepared, following))
+        optimizer.step(torch.no_grad()(lambda: float(_total(prepared, following))))
     else:
         optimizer.step()
     optimizer.zero_grad()
-
-
-@torch.no_grad()
-def _loss(prepared: Prepared, batch: Any) -> float:
-    return float(prepared.objective(prepared.backbone, batch, prepared.method()))
 
 
 @torch.no_grad()
@@ -204,13 +231,16 @@ def mean_loss(
     batch_size: int,
     objective: Objective,
     collate: Collate,
+    group: Group = ALONE,
 ) -> float:
-    """Nats a target token, or a label, over `examples`."""
+    """Nats a target token, or a label, over `examples`, of which each process of `group` computes its share."""
     total, tokens = 0.0, 0
-    for batch in in_order(examples, batch_size=batch_size, collate=collate):
-        total += objective(backbone, batch, prefix).item()
-        tokens += batch.target_tokens
-    return total / tokens
+    for own, counts in in_order(examples, batch_size=batch_size, collate=group.share):
+        batch = collate(own)
+        total += objective(backbone, batch, prefix).item() * counts
+        tokens += batch.target_tokens * counts
+    total, seen = group.summed(total, tokens)
+    return total / seen
 
 
 def validate(prepared: Prepared, state: State, listener: Listener) -> None:
@@ -224,7 +254,7 @@ def _measure(prepared: Prepared, state: State, listener: Listener) -> None:
     size = prepared.config.batch_size * _LARGER
     received = prepared.backbone.fold(prepared.method.fold())
     objective, collate = prepared.objective, prepared.batches.collate
-    loss = mean_loss(prepared.backbone, prepared.validation, received, size, objective, collate)
+    loss = mean_loss(prepared.backbone, prepared.validation, received, size, objective, collate, prepared.group)
     score = _score(prepared, received, size)
     best = (-(score or 0.0), loss) < (-state.best_score, state.best_loss)
     if best:
@@ -241,7 +271,7 @@ def _score(prepared: Prepared, received: Injection, batch_size: int) -> float | 
         return None
     rows, collate = prepared.validation, prepared.batches.collate
     chosen = answers(prepared.backbone, rows, received, collate, batch_size=batch_size)
-    return main_score(prepared.task, prepared.held_out, chosen)
+    return prepared.group.of_first(main_score(prepared.task, prepared.held_out, chosen))
 
 
 def result(prepared: Prepared, state: State) -> Prefix:

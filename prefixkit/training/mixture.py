@@ -27,6 +27,7 @@ from prefixkit.training.config import TrainConfig, files_of, from_mapping
 from prefixkit.training.out_of_memory import SMALLER, in_a_line
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step
 
 
@@ -78,6 +79,7 @@ def train_mixture(configs: Sequence[TrainConfig], listener: Listener | None = No
         InputError: whatever is wrong with one of them.
         PrefixkitError: the frozen backbone changed.
     """
+    refuse_several("a mixture")
     listener = listener or Silence()
     prepared = _prepared(configs)
     frozen = memory_digest(prepared[0].backbone.model)

@@ -103,6 +103,6 @@ def soft_cross_entropy_sum(logits: Tensor, shares: Tensor, tokens: Tensor) -> Te
     return -(shares * torch.log_softmax(exact(logits), dim=-1).gather(-1, tokens)).sum()
 
 
-def reduced(total: Tensor, *, how: str, tokens: int, examples: int) -> Tensor:
+def reduced(total: Tensor, *, how: str, tokens: float, examples: float) -> Tensor:
     """`mean` over target tokens; `sum` over an example's tokens, mean over examples, as Prefix-Tuning's code does."""
     return total / (tokens if how == "mean" else examples)

@@ -53,7 +53,8 @@ def _probe(path: Path) -> None:
     probe = Path(f"{path}.checkpoint.probe")
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
-        probe.unlink()
+        # Processes of one run may ask at once.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         found = error.strerror or str(error)
         raise ConfigError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefixkit.backbones.backbone import Backbone
+from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
 from prefixkit.backbones.recomputation import recompute
+from prefixkit.backbones.sharding import shard
 from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.errors import ConfigError
@@ -28,6 +31,7 @@ from prefixkit.training.examples import Data, with_labels
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
+from prefixkit.training.processes import ALONE, Group
 from prefixkit.training.reading import answer_loss
 from prefixkit.training.start import method_for
 
@@ -48,6 +52,8 @@ class Prepared:
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
         unpacked: a sentence where batches are padded although a packed row would be faster.
+        group: the processes that do it.
+        share: from a step to the summed loss of this process's share of its batch, where there are several.
     """
 
     config: TrainConfig
@@ -64,9 +70,13 @@ class Prepared:
     start_digest: str
     parents: tuple[str, ...]
     unpacked: str | None = None
+    group: Group = ALONE
+    share: Callable[[int], Tensor] | None = None
 
 
-def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig, backbone: Backbone | None = None, data: Data | None = None, group: Group = ALONE
+) -> Prepared:
     """Load and check everything before the first step.
 
     Args:
@@ -77,10 +87,12 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
     check_output(config.output, files_of(config), config.backbone)
+    _check_shard(config, group)
     data = data or Data()
     torch.manual_seed(config.seed)
     _refuse_deltas(config)
     backbone = backbone or loaded(config)
+    fuse_activations(backbone.model)
     if config.gradient_checkpointing:
         recompute(backbone.model)
     config = _for_backbone(config, backbone)
@@ -114,13 +126,23 @@ def prepare(config: TrainConfig, backbone: Backbone | None = None, data: Data | 
         start_digest=memory_digest(method),
         parents=tuple(parent.manifest.content or "" for parent in parents),
         unpacked=unpacked,
+        group=group,
     )
 
 
 def loaded(config: TrainConfig) -> Backbone:
-    """The backbone of a run. Raises BackboneError, or ConfigError where it cannot be quantised here."""
+    """The backbone of a run, or this process's share of it.
+
+    Raises:
+        BackboneError: it cannot be read, or is of no known kind.
+        ConfigError: it cannot be quantised here.
+    """
     where = device(config.device)
-    return load_backbone(config.backbone, device=where, dtype=config.dtype, quantize=config.quantize)
+    if not config.shard:
+        return load_backbone(config.backbone, device=where, dtype=config.dtype, quantize=config.quantize)
+    backbone = load_backbone(config.backbone, dtype=config.dtype)
+    shard(backbone, where)
+    return backbone
 
 
 def _refuse_deltas(config: TrainConfig) -> None:
@@ -129,6 +151,19 @@ def _refuse_deltas(config: TrainConfig) -> None:
         step = "leave --quantize out, or use --method prefix-tuning"
         expected = "a method that leaves the parameters of a quantized backbone alone"
         raise ConfigError("--quantize", expected=expected, found=config.method.name, next_step=step)
+
+
+def _check_shard(config: TrainConfig, group: Group) -> None:
+    """Raise ConfigError for a backbone that is to be spread and cannot."""
+    if config.shard and group.size == 1:
+        step = "start it with torchrun, or leave it out"
+        raise ConfigError("shard", expected="processes to spread the backbone over", found="one", next_step=step)
+    if config.shard and METHODS[config.method.name].injection == "parameter_delta":
+        found, step = f"--method {config.method.name}", "leave it out"
+        raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
+    for name in ("quantize", "gradient_checkpointing"):
+        if config.shard and getattr(config, name):
+            raise ConfigError("shard", expected=f"no {name} beside it", found=str(getattr(config, name)))
 
 
 def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:

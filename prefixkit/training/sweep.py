@@ -17,13 +17,15 @@ from prefixkit.errors import ConfigError, InputError, PrefixkitError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop, side_by_side, trials
 from prefixkit.training.config import TrainConfig
-from prefixkit.training.examples import Data
+from prefixkit.training.examples import Data, collate_for
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
 from prefixkit.training.preparation import loaded
+from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
+from prefixkit.training.warm_up import warm_up
 
 BEST = "best.safetensors"
 
@@ -66,10 +68,11 @@ def sweep(
         InputError: whatever is wrong with the settings, the data or the folder.
         PrefixkitError: the frozen backbone changed.
     """
+    refuse_several("a sweep", "start it on each machine with --study instead")
     folder, listener = Path(output), listener or Quiet()
     made = configs(settings, grid, folder)
     earlier = trials.read(folder, grid) if resume else []
-    with _folder(folder, resume):
+    with kept_folder(folder, resume):
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
@@ -77,6 +80,7 @@ def sweep(
         trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
+    _warm_up(found, listener)
     try:
         with between_steps(listener.on_message) as check, in_a_line("sweep", "memory for a pass", lambda: SMALLER):
             _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
@@ -95,7 +99,7 @@ def sweep(
 
 
 @contextmanager
-def _folder(path: Path, resume: bool) -> Iterator[None]:
+def kept_folder(path: Path, resume: bool) -> Iterator[None]:
     """The folder at `path` from here on, unless what is done in the `with` block fails. Raises ConfigError."""
     if (path / trials.RESULTS).exists() and not resume:
         step = "use --resume to go on with it, or another folder"
@@ -127,6 +131,16 @@ def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], liste
         wanted = "which takes keys and values for words, labels or tags"
         listener.on_message(f"{told}: computed one after the other, not side by side, {wanted}")
     return found
+
+
+def _warm_up(found: Sequence[Trial], listener: Listener) -> None:
+    """Settle for all trials, by the first, how they are computed."""
+    first = found[0].prepared
+    collate = first.batches.collate
+    warm_up(first, first.total_steps, listener, beside=found[0].shares)
+    if first.batches.collate is not collate:
+        for trial in found:
+            trial.prepared.batches.collate = collate_for(trial.prepared.task, first.backbone)
 
 
 def _refuse_unequal(found: Sequence[Trial]) -> None:
@@ -174,7 +188,7 @@ def _step(live: Sequence[Trial]) -> int:
 def _refuse_divergence(trial: Trial, listener: Listener) -> None:
     try:
         loop.refuse_divergence(trial.state)
-    except ConfigError as error:
+    except loop.DivergenceError as error:
         trial.status = "diverged"
         checkpoint.path_of(trial.prepared.config.output).unlink(missing_ok=True)
         listener.on_message(f"trial {trial.number} diverged: {error}")

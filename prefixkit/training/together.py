@@ -24,6 +24,7 @@ from prefixkit.training.config import TrainConfig, files_of, from_mapping
 from prefixkit.training.out_of_memory import SMALLER, in_a_line
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
+from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step
 
 
@@ -74,6 +75,7 @@ def train_together(config: TrainConfig, tasks: Sequence[TaskRun], listener: List
     Raises:
         InputError: whatever is wrong with a task, or a method that cannot be trained with a head.
     """
+    refuse_several("several tasks")
     listener = listener or Silence()
     prepared = _prepared(config, tasks)
     with in_a_line("[[tasks]]", "memory for a step", lambda: SMALLER):

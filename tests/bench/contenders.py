@@ -6,6 +6,7 @@ constant rate and gradients clipped to 1, from the same prefix and in eval mode 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from prefixkit.training.checkpoint import State
 from prefixkit.training.config import from_mapping
 from prefixkit.training.examples import Data
 from prefixkit.training.preparation import prepare
+from prefixkit.training.progress import Silence
+from prefixkit.training.warm_up import warm_up
 from tests.bench.shapes import Setting
 
 
@@ -53,6 +56,14 @@ class Shuffled:
         return collate([self.examples[i] for i in self.indices(step)])
 
 
+class Told(Silence):
+    """Puts beside the table what a run says."""
+
+    def on_message(self, message: str) -> None:
+        """A line."""
+        print(f"ours: {message}", file=sys.stderr, flush=True)
+
+
 class Ours:
     """What `prefixkit train` does between two validations."""
 
@@ -71,6 +82,7 @@ class Ours:
         # The same for the others, who read padded rows.
         self.plan: TrainingBatches | Shuffled = TrainingBatches(rows, **how)
         self.optimizer, self.state = loop.make_optimizer(self.prepared), State()
+        warm_up(self.prepared, self.prepared.total_steps, Told())
 
     @property
     def prefix(self) -> Tensor:

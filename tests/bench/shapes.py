@@ -54,6 +54,8 @@ class Setting:
         spread: of the logarithms of lengths: E2E's own examples have about 0.3, instructions and answers more.
         length: prefix slots.
         layout: of our batches.
+        compile: whether ours are compiled.
+        recompute: whether ours compute their layers again, to save memory.
         held_out: validation data, for the case that needs some.
     """
 
@@ -64,6 +66,8 @@ class Setting:
     spread: float = 0.5
     length: int = 16
     layout: str = "padded"
+    compile: str = "auto"
+    recompute: bool = False
     held_out: str = str(E2E / "valid.jsonl")
     device: str = "cpu"
     dtype: str = "float32"
@@ -90,6 +94,8 @@ class Setting:
             "device": self.device,
             "dtype": self.dtype,
             "layout": self.layout,
+            "compile": self.compile,
+            "gradient_checkpointing": self.recompute,
             "method": {"length": self.length, "init": "random"},
             "optimizer": {"lr": self.lr, "schedule": "constant"},
         }

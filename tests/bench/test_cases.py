@@ -30,7 +30,9 @@ RECORD = {"case", "metric", "ours", "peer", "peer_name", "ratio", "spread"}
 
 def options() -> Namespace:
     valid = E2E / "valid.jsonl"
-    return Namespace(quick=True, backbone=None, data=valid, eval_data=valid, rounds=1, steps=1, threads=1)
+    return Namespace(
+        quick=True, backbone=None, data=valid, eval_data=valid, rounds=1, steps=1, threads=1, compile="auto"
+    )
 
 
 def setting_of(name: str, tmp_path: Path) -> Setting:

@@ -43,6 +43,7 @@ class Case:
         spread: of the logarithms of lengths.
         measure: gives its rows.
         stored: whether its weights come from a folder; else they are made where they are needed.
+        recompute: whether ours compute their layers again, to save memory.
     """
 
     shape: Mapping[str, Any] | None
@@ -54,6 +55,7 @@ class Case:
     spread: float = 0.5
     measure: Callable[[str, Setting, Amount, Tell], list[Row]] = speed.measure
     stored: bool = True
+    recompute: bool = False
 
 
 CASES = {
@@ -64,7 +66,7 @@ CASES = {
     "h200-e2e-wall": Case(GPT2_MEDIUM, 64, mean=None, measure=wall.measure),
     "h200-qwen06-sweep16": Case(QWEN3_600M, 10, measure=sweep16.measure),
     "h200-qwen06-roof": Case(QWEN3_600M, 256, measure=roof.measure),
-    "h200-8b-fit": Case(LLAMA3_8B, 16, mean=512, spread=0.0, measure=fit.measure, stored=False),
+    "h200-8b-fit": Case(LLAMA3_8B, 16, mean=512, spread=0.0, measure=fit.measure, stored=False, recompute=True),
     "cpu-gpt2-30m-b16": Case(GPT2_30M, 16, "cpu", None, 16, "float32"),
     SWEEP: Case(None, 16, "cpu", None, 16, "float32"),
 }
@@ -103,6 +105,8 @@ def setting_of(case: Case, options: argparse.Namespace, folder: Path) -> Setting
         dtype="float32" if quick else case.dtype,
         # Ours are packed where they would be on CUDA, also when that is only tried.
         layout="packed" if case.device == "cuda" else "padded",
+        compile=options.compile,
+        recompute=case.recompute,
         threads=options.threads,
     )
 
@@ -122,6 +126,9 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, help="a folder, in the place of the cases' own")
     parser.add_argument("--data", type=Path, default=E2E / "train.jsonl.gz", help="E2E, for the cases that train on it")
     parser.add_argument("--eval-data", type=Path, default=E2E / "valid.jsonl", help="the same, for h200-e2e-wall")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="ours, as `prefixkit train` has it"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

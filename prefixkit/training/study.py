@@ -1,0 +1,224 @@
+"""A sweep that machines share: each takes trials from one study until all are done. Optuna keeps the study.
+
+Akiba et al. 2019, arXiv 1907.10902. Optuna says who takes which combination, and whose trial is another's when a worker
+has gone silent: its continuation is the run from its last checkpoint. With halving, Optuna's asynchronous successive
+halving (Li et al. 2018, arXiv 1810.05934) drops trials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.atomic import write_bytes
+from prefixkit.training import checkpoint, loop
+from prefixkit.training.config import recorded
+from prefixkit.training.examples import Data
+from prefixkit.training.grid import configs, points
+from prefixkit.training.preparation import Prepared, loaded, prepare
+from prefixkit.training.processes import refuse_several
+from prefixkit.training.progress import Listener, Silence, Step, Validation
+from prefixkit.training.shared_store import engine, opened
+from prefixkit.training.sweep import BEST, kept_folder
+from prefixkit.training.trials import RESULTS
+
+_POLL = 2.0
+"""Seconds between two looks at what others do."""
+_STATUS = {"COMPLETE": "finished", "PRUNED": "dropped", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+
+
+def work(
+    settings: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    output: str | Path,
+    store: str,
+    *,
+    halving: bool = False,
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """Take trials of the study in `store` until all are done, by whomever; `output`, on a disk that all workers share,
+    gets a file each, the best once more, and the table of results.
+
+    Args:
+        settings, grid: as of `prefixkit.training.sweep.sweep`.
+        store: the URL of a database, such as `sqlite:///study.db`.
+
+    Returns:
+        The results, as they are in the table.
+
+    Raises:
+        InputError: no Optuna, or whatever is wrong with the database, the settings or the data.
+    """
+    refuse_several("a study", "start it on each machine without torchrun")
+    optuna = engine()
+    with warnings.catch_warnings():
+        # Signs of life have been "experimental" in Optuna since 2021.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        worker = _Worker(optuna, settings, grid, Path(output), store, halving, listener or Silence())
+        try:
+            while (free := worker.free()) is not None:
+                if free:
+                    worker.take()
+                else:
+                    worker.look()
+            return worker.write()
+        finally:
+            worker.shared.close()
+
+
+class _Worker:
+    """One of those who work on a study."""
+
+    def __init__(
+        self,
+        optuna: Any,
+        settings: Mapping[str, Any],
+        grid: Mapping[str, Sequence[Any]],
+        folder: Path,
+        store: str,
+        halving: bool,
+        listener: Listener,
+    ) -> None:
+        self.optuna, self.grid, self.folder, self.halving, self.listener = optuna, grid, folder, halving, listener
+        self.points, self.configs = points(grid), configs(settings, grid, folder)
+        first = self.configs[0]
+        self.scored, self.data = first.evaluation.metric == "score", Data()
+        _refuse_compound(grid)
+        self.backbone = loaded(first)
+        described = {"grid": dict(grid), "halving": halving, "settings": recorded(first)}
+        with kept_folder(folder, resume=True):
+            prepare(first, self.backbone, self.data)
+            self.shared = opened(optuna, store, folder.resolve().name, described, highest=self.scored)
+        self.study = self.shared.study
+
+    def free(self) -> bool | None:
+        """Whether there is a trial to take; None where all are done."""
+        states = self.optuna.trial.TrialState
+        trials = self.study.get_trials(deepcopy=False)
+        live = [trial for trial in trials if trial.state == states.RUNNING]
+        numbers = [self._number(trial) for trial in live]
+        # A trial that has only just begun has no settings yet.
+        begun = len({self._number(trial) for trial in trials} - {None}) + numbers.count(None)
+        if begun < len(self.points) or any(trial.state == states.WAITING for trial in trials):
+            return True
+        return False if live else None
+
+    def _number(self, trial: Any) -> int | None:
+        return self.points.index(trial.params) if trial.params in self.points else None
+
+    def take(self) -> None:
+        """Do one trial."""
+        try:
+            self.study.optimize(self._trial, n_trials=1)
+        except self.optuna.exceptions.UpdateFinishedTrialError:
+            self.listener.on_message("this worker was silent for long: another has taken its trial over")
+        self.write()
+
+    def look(self) -> None:
+        """Wait a little, and see whether somebody has gone silent."""
+        time.sleep(_POLL)
+        self.optuna.storages.fail_stale_trials(self.study)
+
+    def _trial(self, trial: Any) -> float:
+        point = {key: trial.suggest_categorical(key, list(values)) for key, values in self.grid.items()}
+        config = self.configs[self.points.index(point)]
+        kept, told = checkpoint.path_of(config.output), ", ".join(f"{key} {value}" for key, value in point.items())
+        self.listener.on_message(f"trial {self.points.index(point)}: {told}")
+        prepared = prepare(config, self.backbone, self.data)
+        resume = kept.exists() and "failed_trial" in self.study.trials[trial.number].system_attrs
+        try:
+            reporting = _Reporting(trial, prepared, self.halving, self.optuna, self.listener)
+            metrics = dict(loop.complete(prepared, resume=resume, listener=reporting).manifest.provenance.metrics)
+        except self.optuna.TrialPruned:
+            kept.unlink(missing_ok=True)
+            raise
+        except self.optuna.exceptions.UpdateFinishedTrialError:
+            raise
+        except loop.DivergenceError as error:
+            self.listener.on_message(str(error))
+            kept.unlink(missing_ok=True)
+            return math.nan
+        except BaseException:
+            # Somebody else, or a later start, goes on with it.
+            self.shared.again(trial.number)
+            raise
+        trial.set_user_attr("metrics", metrics)
+        return metrics.get("validation_score" if self.scored else "validation_loss", math.nan)
+
+    def write(self) -> list[dict[str, Any]]:
+        """Write how the trials stand, and the best of them; all workers come to the same."""
+        complete = self.optuna.trial.TrialState.COMPLETE
+        tried = sorted(self.study.get_trials(), key=lambda trial: (trial.state == complete, trial.number))
+        last = {number: trial for trial in tried if (number := self._number(trial)) is not None}
+        trials = [self._record(number, last[number]) for number in sorted(last)]
+        ended = [trial for trial in trials if trial["status"] == "finished"]
+        best = min(ended, key=self._rank, default=None)
+        if best is not None:
+            write_bytes(self.folder / BEST, self._written(best["output"]))
+        number = None if best is None else best["trial"]
+        stored = {"version": 1, "grid": {**self.grid}, "best": number, "trials": trials}
+        write_bytes(self.folder / RESULTS, (json.dumps(stored, indent=1) + "\n").encode())
+        return trials
+
+    def _written(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            step = "use one on a disk that they share"
+            raise ConfigError(
+                self.folder, expected="the folder of all workers", found=f"no {name}", next_step=step
+            ) from error
+
+    def _record(self, number: int, trial: Any) -> dict[str, Any]:
+        metrics, status = trial.user_attrs.get("metrics", {}), _STATUS[trial.state.name]
+        scored = {"validation_score": metrics.get("validation_score")} if self.scored else {}
+        return {
+            "trial": number,
+            "settings": dict(self.points[number]),
+            "status": status,
+            "best_step": metrics.get("steps"),
+            "validation_loss": metrics.get("validation_loss"),
+            **scored,
+            "output": f"{number:03}.safetensors" if status == "finished" else None,
+        }
+
+    def _rank(self, record: Mapping[str, Any]) -> tuple[float, float]:
+        return (-record.get("validation_score", 0.0), record["validation_loss"])
+
+
+class _Reporting(Silence):
+    """Tells Optuna the validations of a trial, which may drop it for them."""
+
+    def __init__(self, trial: Any, prepared: Prepared, halving: bool, optuna: Any, listener: Listener) -> None:
+        self.trial, self.prepared, self.halving, self.optuna, self.listener = trial, prepared, halving, optuna, listener
+
+    def on_step(self, step: Step) -> None:
+        """Pass it on."""
+        self.listener.on_step(step)
+
+    def on_message(self, message: str) -> None:
+        """Pass it on."""
+        self.listener.on_message(message)
+
+    def on_validation(self, validation: Validation) -> None:
+        """Pass it on, and stop where it is among the worse at its rung."""
+        self.listener.on_validation(validation)
+        every = loop.validation_interval(self.prepared)
+        value = validation.loss if validation.score is None else validation.score
+        self.trial.report(value, -(-validation.step // every))
+        if self.halving and validation.step < self.prepared.total_steps and self.trial.should_prune():
+            raise self.optuna.TrialPruned
+
+
+def _refuse_compound(grid: Mapping[str, Sequence[Any]]) -> None:
+    for key, values in grid.items():
+        for value in values:
+            if not isinstance(value, (str, int, float, bool)):
+                step = "sweep it without --study"
+                raise ConfigError("--grid", expected=f"single values of {key}", found=str(value), next_step=step)
