@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from prefixkit.backbones.compiled import restore_stacks
 from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
+from prefixkit.backbones.last_layer import last_mlp_at
 from prefixkit.backbones.recomputation import keep
 from prefixkit.backbones.targets import Output, Targets
 from prefixkit.errors import BackboneError
@@ -186,7 +187,8 @@ class Backbone(ABC):
         # In front of whatever else looks at what the head is given.
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],), prepend=True)
         try:
-            yield
+            with last_mlp_at(self.model, chosen):
+                yield
         finally:
             hook.remove()
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.weights import is_pair
 
+_FORWARD = "forward"
 _RECOMPILATIONS = 64
 """Beyond dynamo's limit a pass runs uncompiled and says nothing."""
 
@@ -38,14 +39,19 @@ def compile_stacks(model: PreTrainedModel, *, backend: str = "inductor", mode: s
     """
     config.recompile_limit = max(config.recompile_limit, _RECOMPILATIONS)
     for stack in stacks(model):
-        if "forward" not in stack.__dict__:
-            stack.__dict__["forward"] = _with_gradients(stack.forward, backend, mode)
+        if _FORWARD not in stack.__dict__:
+            stack.__dict__[_FORWARD] = _with_gradients(stack.forward, backend, mode)
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether `compile_stacks` was called for `model`."""
+    return any(_FORWARD in stack.__dict__ for stack in stacks(model))
 
 
 def restore_stacks(model: PreTrainedModel) -> None:
     """Undo `compile_stacks`."""
     for stack in stacks(model):
-        stack.__dict__.pop("forward", None)
+        stack.__dict__.pop(_FORWARD, None)
 
 
 def _with_gradients(forward: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:

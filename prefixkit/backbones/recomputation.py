@@ -36,7 +36,7 @@ def recompute(model: PreTrainedModel) -> None:
         found, step = f"{model.config.model_type}, which is made of none", "leave gradient checkpointing out"
         raise BackboneError("gradient_checkpointing", expected="layers to compute again", found=found, next_step=step)
     for index, layer in enumerate(layers):
-        if "forward" not in layer.__dict__:
+        if not is_recomputed(layer):
             layer.__dict__["forward"] = _twice(layer, index)
 
 
@@ -44,6 +44,11 @@ def keep(model: PreTrainedModel) -> None:
     """Undo `recompute`."""
     for layer in layers_to_recompute(model):
         layer.__dict__.pop("forward", None)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether `layer` is computed again."""
+    return "forward" in layer.__dict__
 
 
 def layers_to_recompute(model: PreTrainedModel) -> list[nn.Module]:
