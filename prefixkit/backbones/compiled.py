@@ -38,6 +38,7 @@ def compile_stacks(model: PreTrainedModel, *, backend: str = "inductor", mode: s
         mode: of torch.compile; `reduce-overhead` records CUDA graphs, one for each length of rows.
     """
     config.recompile_limit = max(config.recompile_limit, _RECOMPILATIONS)
+    config.specialize_float = True  # scales and caps are the model's: FlexAttention takes none that vary
     for stack in stacks(model):
         if _FORWARD not in stack.__dict__:
             stack.__dict__[_FORWARD] = _with_gradients(stack.forward, backend, mode)

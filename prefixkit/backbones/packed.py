@@ -165,7 +165,9 @@ def attend(
     if keywords.get("dropout") or extra:
         found = ", ".join(extra) or "dropout in attention"
         raise BackboneError("packed row", expected="plain attention", found=found, next_step="use padded batches")
-    attended = _flex(query.device.type)(
+    # In a stack that is compiled as a whole it is compiled along.
+    flex = flex_attention if torch.compiler.is_compiling() else _flex(query.device.type)
+    attended = flex(
         query,
         key,
         value,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 from prefixkit.backbones import packed as packing
+from prefixkit.backbones.compiled import compile_stacks
 from prefixkit.backbones.packed import attend, blocks, dense, obstacle
 from prefixkit.data.batches import EncodedExample
 from prefixkit.data.packing import pack
@@ -158,3 +159,26 @@ def test_models_whose_attention_does_more_stay_padded(monkeypatch: pytest.Monkey
         obstacle(tiny("gemma2", attn_logit_softcapping=None))
         == "its attention does more than FlexAttention can be told"
     )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gpt2", marks=pytest.mark.matrix)])
+def test_a_compiled_stack_reads_packed_rows_in_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, but for the kernels: rows of several lengths, blocks for each window, one graph without breaks."""
+    monkeypatch.setattr(packing, "_in_blocks", lambda model: True)
+    decoder = wrap(tiny(family).double().requires_grad_(False))
+    prefixes = [to_double(one) for one in several(decoder.model)]
+    leaves = [tensor.requires_grad_() for one in prefixes for tensor in (*one.keys, *one.values)]
+    rows = [pack(examples(), bucket=bucket) for bucket in (16, 48, 80)]
+    expected = [loss_and_gradients(decoder, batch, packed(batch, prefixes), leaves) for batch in rows]
+    flex, counter = packing._flex, CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(packing, "_flex", lambda device: flex("cuda"))
+    torch._dynamo.reset()
+    compile_stacks(decoder.model, backend=counter)
+    for batch, (loss, gradients) in zip(rows, expected, strict=True):
+        found, others = loss_and_gradients(decoder, batch, packed(batch, prefixes), leaves)
+        assert abs(found - loss) <= 1e-10 * max(1.0, abs(float(loss)))
+        for ours, theirs in zip(others, gradients, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
+    assert len([graph for graph in counter.graphs if graph.graph.nodes]) == 1
+    torch._dynamo.reset()
