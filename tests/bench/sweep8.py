@@ -23,7 +23,7 @@ from tests.bench.shapes import Setting
 GRID = {"optimizer.lr": [0.02, 0.05, 0.1, 0.2], "seed": [0, 1]}
 QUICK_GRID = {"optimizer.lr": [0.02, 0.1]}
 OURS, APART, PROCESSES = "ours", "separate runs in one process", "`prefixkit train`, one after the other"
-STEPS = 60
+STEPS = 30
 """Of a run: few, so that the setting-up of every run weighs more than it would; the rate leaves it out."""
 AGREE = 1e-4
 
@@ -134,7 +134,7 @@ def measure(case: str, setting: Setting, *, rounds: int, quick: bool) -> list[Ro
         SystemExit: a validation loss that differs by more than 1e-4 of itself.
     """
     steps = 4 if quick else STEPS
-    ways = _Ways(setting, QUICK_GRID if quick else GRID, steps, 8 if quick else 512)
+    ways = _Ways(setting, QUICK_GRID if quick else GRID, steps, 8 if quick else 64)
     seconds = alternate(ways.turns(), rounds)
     rows = compare(case, f"real tokens a second, steps alone ({steps} each)", ways.rates)
     rows += compare(case, "seconds from beginning to end", seconds)
