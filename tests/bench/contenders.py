@@ -207,6 +207,8 @@ class Bare(Peer):
         return loss_at_labels(self.model.get_decoder(), self.model.get_output_embeddings(), past, self.shape[0], batch)
 
 
+OURS_COMPILED = "ours, compiled"
+"""Beside the peers where `--compile auto` leaves ours uncompiled: on a CPU."""
 PEERS: dict[str, type[Peer]] = {
     "PEFT": PeftPlain,
     "PEFT at its best": PeftBest,

@@ -16,14 +16,14 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefixkit.data.batches import TrainingBatches
-from tests.bench.contenders import PEERS, Ours, Peer, PeftPlain, Shuffled, plain_model
+from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, Peer, PeftPlain, Shuffled, plain_model
 from tests.bench.shapes import Setting, examples
 
 STEPS = 4
@@ -54,7 +54,8 @@ def measure(setting: Setting, contender: str) -> dict[str, float]:
 
 def build(setting: Setting, contender: str) -> Ours | Peer:
     """`contender` with the data as it would read them itself."""
-    if contender == "ours":
+    if contender in ("ours", OURS_COMPILED):
+        setting = replace(setting, compile="on") if contender == OURS_COMPILED else setting
         return Ours(setting, None if setting.mean is None else examples(setting))
     rows, kind = examples(setting), PEERS[contender]
     plan: TrainingBatches | Shuffled

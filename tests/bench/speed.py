@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from tests.bench import fresh
-from tests.bench.contenders import PEERS, Ours, PeftCompiled, Shuffled, plain_model
+from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, PeftCompiled, Shuffled, plain_model
 from tests.bench.rounds import Row, alternate, compare
 from tests.bench.shapes import Setting, examples
 
@@ -83,12 +83,15 @@ class _Contenders:
     """All of them in this process, on one copy of the weights for us and one for the others."""
 
     def __init__(self, setting: Setting, amount: Amount, tell: Tell) -> None:
-        ours = Ours(setting, None if setting.mean is None else examples(setting))
+        rows = None if setting.mean is None else examples(setting)
+        ours = Ours(setting, rows)
         start, model = ours.prefix, plain_model(setting)
         self.all: dict[str, Any] = {"ours": ours}
         for name, kind in PEERS.items():
             if kind is not PeftCompiled or amount.compiled:
                 self.all[name] = kind(setting, model, ours.plan, start)
+        if amount.compiled and setting.device == "cpu":
+            self.all[OURS_COMPILED] = Ours(replace(setting, compile="on"), rows)
         self.setting, self.tell, self.next_step = setting, tell, 0
 
     def agree(self, steps: int) -> dict[str, list[float]]:
