@@ -50,7 +50,7 @@ def is_compiled(model: PreTrainedModel) -> bool:
 
 
 def restore_stacks(model: PreTrainedModel) -> None:
-    """Undo `compile_stacks`."""
+    """Let all passes of `model` run uncompiled again."""
     for stack in stacks(model):
         stack.__dict__.pop(_FORWARD, None)
 

@@ -58,6 +58,7 @@ def evaluate(
         raise ConfigError("--no-prefix", expected="one without --mixture", found="both", next_step="leave one out")
     task = _patterns(prefix, files)[0] if mixture else _common_task(prefix, files)
     model, tokenizer = _fitting(files, task, backbone, (device, dtype, quantize), allow_mismatch)
+    _tell_rounding(prefix, files, quantize)
     given = [injection(file) for file in files]
     # Without its prefix a head still reads the bare model.
     task = without_slots(task) if no_prefix else task
@@ -74,6 +75,15 @@ def evaluate(
     if output is not None:
         write_jsonl(output, scored.records)
     _print(scored.metrics, scored.inputs, scored.references, as_json)
+
+
+def _tell_rounding(paths: list[Path], files: list[Prefix], quantize: str | None) -> None:
+    """Say so where weights are rounded otherwise than in training: the scores are those of another model."""
+    for path, file in zip(paths, files, strict=True):
+        trained = file.manifest.provenance.config.get("quantize")
+        if trained != quantize:
+            told = f"{path}: trained with --quantize {trained}" if trained else f"{path}: trained without --quantize"
+            typer.echo(f"{told}, and scored {f'with {quantize}' if quantize else 'without'}", err=True)
 
 
 def _patterns(paths: list[Path], files: list[Prefix]) -> list[TaskRecord]:

@@ -85,7 +85,10 @@ def _share(
         step = "leave --resume out: the same command goes on with the study"
         raise ConfigError("--resume", expected="a sweep of one worker", found="--study", next_step=step)
     with TrainingDisplay() as display:
-        work(settings, grid, output, study, halving=halving, listener=display)
+        trials = work(settings, grid, output, study, halving=halving, listener=display)
+    if trials and not any(trial["status"] in ("finished", "dropped") for trial in trials):
+        step = "see what its workers said, and use another --output for a new one"
+        raise ConfigError(study, expected="a trial that finished", found="none", next_step=step)
 
 
 def _print_study(output: Path, as_json: bool) -> None:

@@ -138,8 +138,26 @@ class TrainConfig:
         positive("--epochs", self.epochs)
         if self.seed > _LARGEST_SEED:
             raise ConfigError("--seed", expected=f"at most {_LARGEST_SEED}, the largest in JSON", found=str(self.seed))
+        self._refuse_pairs()
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps", expected="either --steps or --epochs", found="both")
+
+    def _refuse_pairs(self) -> None:
+        """Raise ConfigError for two settings that do not go together, whatever the model."""
+        chosen = {
+            "shard": self.shard,
+            "--gradient-checkpointing": self.gradient_checkpointing,
+            "--quantize": self.quantize is not None,
+            "--compile on": self.compile == "on",
+        }
+        for one, other in (
+            ("shard", "--gradient-checkpointing"),
+            ("shard", "--quantize"),
+            ("shard", "--compile on"),
+            ("--gradient-checkpointing", "--compile on"),
+        ):
+            if chosen[one] and chosen[other]:
+                raise ConfigError(other, expected=f"one without {one}", found="both", next_step="leave one out")
 
 
 def method_settings(given: Mapping[str, Any], where: str = "[method]") -> MethodSettings:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixkit.errors import ConfigError
-from prefixkit.training.config import TrainConfig, from_mapping, override, toml_value
+from prefixkit.training.config import OF_THE_MACHINE, TrainConfig, from_mapping, override, toml_value
 
-SHARED = ("backbone", "dtype", "device", "quantize", "gradient_checkpointing", "output")
+SHARED = (*sorted(OF_THE_MACHINE - {"data", "eval_data"}), "dtype", "quantize")
 """What all runs of a sweep have in common."""
 Point = Mapping[str, Any]
 """One combination: a value for each key, such as `optimizer.lr`."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prefixkit.backbones.kept import Kept, kept
 from prefixkit.backbones.targets import ELEMENTS
-from prefixkit.data.packing import pack
 from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.methods.method import Method
 from prefixkit.training import layout
@@ -125,9 +124,11 @@ def within_memory(prepared: Prepared, listener: Listener) -> Iterator[None]:
     if not prepared.total_steps:
         yield
         return
-    needs = _estimate_if_there_is_room(prepared)
-    listener.on_message(_UNKNOWN if needs is None else needs.told())
-    rows = f"memory for a step of {prepared.config.batch_size} rows"
+    # What lies in several processes is not looked at from one.
+    needs = None if prepared.config.shard else _estimate_if_there_is_room(prepared)
+    if not prepared.config.shard:
+        listener.on_message(_UNKNOWN if needs is None else needs.told())
+    rows = f"memory for a step of {_rows(prepared) if needs is None else needs.rows} rows"
     with in_a_line("training", rows, lambda: SMALLER if needs is None else needs.advice()):
         yield
 
@@ -180,16 +181,17 @@ def _once_and_each_row(two: Kept, three: Kept) -> tuple[Kept, Kept]:
 def _rows(prepared: Prepared) -> int:
     """How many rows of the longest example the largest batch is worth."""
     batches = prepared.batches
-    if batches.collate is not pack:
-        return min(batches.batch_size, len(batches.examples))
+    processes = prepared.group.size
+    if not layout.packs(batches.collate):
+        return -(-min(batches.batch_size, len(batches.examples)) // processes)
     steps = range(batches.steps_per_epoch)
     tokens = max(sum(len(batches.examples[index]) for index in batches.indices(step)) for step in steps)
-    return -(-tokens // max(map(len, batches.examples)))
+    return -(-tokens // (processes * max(map(len, batches.examples))))
 
 
 def _packable(prepared: Prepared) -> bool:
     """Whether rows are padded where a packed row would be no slower; see `prefixkit.training.layout`."""
-    if prepared.backbone.device.type != "cuda" or prepared.batches.collate is pack:
+    if prepared.backbone.device.type != "cuda" or layout.packs(prepared.batches.collate):
         return False
     return layout.obstacle(prepared.task, prepared.backbone, (prepared.method(), prepared.method.teacher)) is None
 

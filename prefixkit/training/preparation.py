@@ -87,11 +87,10 @@ def prepare(
         InputError: whatever is wrong with the backbone, the data, the task or the options.
     """
     check_output(config.output, files_of(config), config.backbone)
-    _check_shard(config, group)
     data = data or Data()
     torch.manual_seed(config.seed)
     _refuse_deltas(config)
-    backbone = backbone or loaded(config)
+    backbone = backbone or loaded(config, group)
     fuse_activations(backbone.model)
     if config.gradient_checkpointing:
         recompute(backbone.model)
@@ -130,13 +129,14 @@ def prepare(
     )
 
 
-def loaded(config: TrainConfig) -> Backbone:
+def loaded(config: TrainConfig, group: Group = ALONE) -> Backbone:
     """The backbone of a run, or this process's share of it.
 
     Raises:
         BackboneError: it cannot be read, or is of no known kind.
-        ConfigError: it cannot be quantised here.
+        ConfigError: it cannot be quantised here, or spread.
     """
+    _check_shard(config, group)
     where = device(config.device)
     if not config.shard:
         return load_backbone(config.backbone, device=where, dtype=config.dtype, quantize=config.quantize)
@@ -161,9 +161,6 @@ def _check_shard(config: TrainConfig, group: Group) -> None:
     if config.shard and METHODS[config.method.name].injection == "parameter_delta":
         found, step = f"--method {config.method.name}", "leave it out"
         raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
-    for name in ("quantize", "gradient_checkpointing"):
-        if config.shard and getattr(config, name):
-            raise ConfigError("shard", expected=f"no {name} beside it", found=str(getattr(config, name)))
 
 
 def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixkit.errors import ConfigError
+from prefixkit.errors import ConfigError, InputError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop
 from prefixkit.training.config import recorded
@@ -131,7 +131,8 @@ class _Worker:
         kept, told = checkpoint.path_of(config.output), ", ".join(f"{key} {value}" for key, value in point.items())
         self.listener.on_message(f"trial {self.points.index(point)}: {told}")
         prepared = prepare(config, self.backbone, self.data)
-        resume = kept.exists() and "failed_trial" in self.study.trials[trial.number].system_attrs
+        known = self.study.trials[trial.number]
+        resume = kept.exists() and ("failed_trial" in known.system_attrs or "left" in known.user_attrs)
         try:
             reporting = _Reporting(trial, prepared, self.halving, self.optuna, self.listener)
             metrics = dict(loop.complete(prepared, resume=resume, listener=reporting).manifest.provenance.metrics)
@@ -144,8 +145,11 @@ class _Worker:
             self.listener.on_message(str(error))
             kept.unlink(missing_ok=True)
             return math.nan
+        except (KeyboardInterrupt, InputError):
+            # A later start goes on with it, however often somebody stops: that is no worker that died.
+            self.study.enqueue_trial(dict(point), user_attrs={"left": True})
+            raise
         except BaseException:
-            # Somebody else, or a later start, goes on with it.
             self.shared.again(trial.number)
             raise
         trial.set_user_attr("metrics", metrics)
@@ -170,7 +174,7 @@ class _Worker:
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            step = "use one on a disk that they share"
+            step = "use another --output, or one on a disk that all workers share"
             raise ConfigError(
                 self.folder, expected="the folder of all workers", found=f"no {name}", next_step=step
             ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefixkit.backbones.identity import memory_digest
-from prefixkit.errors import ConfigError, InputError, PrefixkitError
+from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.training import checkpoint, loop, side_by_side, trials
 from prefixkit.training.config import TrainConfig
@@ -76,11 +76,12 @@ def sweep(
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
+        with in_a_line("sweep", "memory for a pass", lambda: SMALLER):
+            _warm_up(found, listener)
     for trial, known in zip(found, earlier, strict=False):
         trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
-    _warm_up(found, listener)
     try:
         with between_steps(listener.on_message) as check, in_a_line("sweep", "memory for a pass", lambda: SMALLER):
             _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
@@ -111,8 +112,8 @@ def kept_folder(path: Path, resume: bool) -> Iterator[None]:
         raise ConfigError(path, expected="a folder that can be made", found=error.strerror or str(error)) from error
     try:
         yield
-    except InputError:
-        if new:
+    except BaseException:
+        if new and not any(path.iterdir()):
             path.rmdir()
         raise
 

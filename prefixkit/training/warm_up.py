@@ -19,6 +19,7 @@ from prefixkit.backbones.compiled import compile_stacks, restore_stacks
 from prefixkit.errors import ConfigError, InputError
 from prefixkit.training import layout
 from prefixkit.training.examples import collate_for
+from prefixkit.training.out_of_memory import ran_out
 from prefixkit.training.preparation import Prepared
 from prefixkit.training.progress import Listener
 
@@ -118,9 +119,11 @@ def _differs(prepared: Prepared, expected: float, beside: bool) -> str | None:
     """What is wrong with the loss of the first batch as it is computed now, and with its gradients; None if nothing."""
     try:
         found = _loss_of(prepared, prepared.batches.collate, gradients=True, beside=beside)
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:  # compilers raise many unrelated types
+        if ran_out(error):
+            raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"
     tolerance = SAME[prepared.backbone.model.dtype]
     if not abs(found - expected) <= tolerance * abs(expected):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -61,13 +62,15 @@ def outcome(
         stopped: the step at which the last process gets a SIGTERM; the run is resumed then.
     """
     heard = Hearing()
-    replicas.DistributedDataParallel = Dropped if dropped else DistributedDataParallel  # type: ignore[misc]
-    preparation.load_backbone = _doubled if double else load.load_backbone  # type: ignore[assignment]
-    loop.save = _saved_singly  # type: ignore[assignment]
-    try:
-        kept = _run(settings, heard, double=double, stopped=stopped)
-    except (KeyboardInterrupt, SystemExit):
-        kept = _run(settings, heard, double=double, resume=True)
+    with (
+        patch.object(replicas, "DistributedDataParallel", Dropped if dropped else DistributedDataParallel),
+        patch.object(preparation, "load_backbone", _doubled if double else load.load_backbone),
+        patch.object(loop, "save", _saved_singly),
+    ):
+        try:
+            kept = _run(settings, heard, double=double, stopped=stopped)
+        except (KeyboardInterrupt, SystemExit):
+            kept = _run(settings, heard, double=double, resume=True)
     values = {name: tensor.detach().tolist() for name, tensor in kept.method.state_dict().items()}
     weights = sum(weight.numel() for weight in local(kept))
     told = {"losses": heard.losses, "validations": heard.validations, "messages": heard.messages}

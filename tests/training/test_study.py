@@ -150,3 +150,21 @@ def test_what_cannot_be_shared_is_refused(
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert run(["sweep", "--grid", "seed=0", "--study", store, "-o", str(out)]) == 2
     assert "expected Optuna; found none; pip install 'prefixkit[optuna]'" in capsys.readouterr().err
+
+
+class Leaves(Silence):
+    """Presses Ctrl-C at every step."""
+
+    def on_step(self, step: Step) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_trial_that_is_left_however_often_is_gone_on_with(asked: dict[str, Any], store: str, tmp_path: Path) -> None:
+    """Who stops on purpose is no worker that died: those are given up after a few times."""
+    for _ in range(shared_store.RETRIES + 2):
+        with pytest.raises(KeyboardInterrupt):
+            study.work(asked, {"seed": [0]}, tmp_path / "out", store, listener=Leaves())
+    (trial,) = study.work(asked, {"seed": [0]}, tmp_path / "out", store)
+    assert trial["status"] == "finished"
+    loop.train(next(iter(configs(asked, {"seed": [0]}, tmp_path))))
+    assert (tmp_path / "out" / trial["output"]).read_bytes() == (tmp_path / trial["output"]).read_bytes()

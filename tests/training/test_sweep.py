@@ -156,3 +156,16 @@ def test_what_cannot_be_swept_is_refused(asked: dict[str, Any], tmp_path: Path) 
         sweep(asked, GRID, tmp_path / "d")
     with pytest.raises(ConfigError, match="expected the grid"):
         sweep(asked, GRID, tmp_path / "d", resume=True)
+
+
+@pytest.mark.parametrize("key", ["compile", "layout", "shard"])
+def test_how_a_sweep_is_computed_is_one_for_all(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"--grid: expected {key} to be that of all runs"):
+        axes([f"{key}=on,off"])
+
+
+def test_what_cannot_begin_leaves_nothing_behind(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    for setting, told in (({"compile": "on"}, "takes a prefix through a cache"), ({"shard": True}, "found one")):
+        with pytest.raises(ConfigError, match=told):
+            sweep(given(backbone_folder("falcon"), records, **setting), {"seed": [0, 1]}, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
