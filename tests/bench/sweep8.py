@@ -23,7 +23,7 @@ from tests.bench.shapes import Setting
 GRID = {"optimizer.lr": [0.02, 0.05, 0.1, 0.2], "seed": [0, 1]}
 QUICK_GRID = {"optimizer.lr": [0.02, 0.1]}
 OURS, APART, PROCESSES = "ours", "separate runs in one process", "`prefixkit train`, one after the other"
-STEPS = 30
+STEPS = 15
 """Of a run: few, so that the setting-up of every run weighs more than it would; the rate leaves it out."""
 AGREE = 1e-4
 
