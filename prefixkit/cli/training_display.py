@@ -73,8 +73,10 @@ class TrainingDisplay:
 
     def _line(self, step: Step, speed: float, now: float) -> None:
         done = step.step - self.first_step
-        left = (now - self.started) / done * (step.total - step.step) if done else 0.0
-        text = f"step {step.step}/{step.total}  loss {self.loss:.3f}  {speed:,.0f} tok/s  {left:.0f} s left"
+        text = f"step {step.step}/{step.total}  loss {self.loss:.3f}"
+        if done:
+            left = (now - self.started) / done * (step.total - step.step)
+            text += f"  {speed:,.0f} tok/s  {left:.0f} s left"
         self.console.print(text, highlight=False)
 
 

@@ -20,6 +20,7 @@ from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data, collate_for
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
+from prefixkit.training.layout import packs
 from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
 from prefixkit.training.preparation import loaded
 from prefixkit.training.processes import refuse_several
@@ -135,13 +136,14 @@ def _begin(made: Sequence[TrainConfig], grid: Mapping[str, Sequence[Any]], liste
 
 
 def _warm_up(found: Sequence[Trial], listener: Listener) -> None:
-    """Settle for all trials, by the first, how they are computed."""
-    first = found[0].prepared
-    collate = first.batches.collate
-    warm_up(first, first.total_steps, listener, beside=found[0].shares)
-    if first.batches.collate is not collate:
-        for trial in found:
-            trial.prepared.batches.collate = collate_for(trial.prepared.task, first.backbone)
+    """Settle how the trials are computed, by one whose batches are packed, if there is any."""
+    packed = [trial.prepared for trial in found if packs(trial.prepared.batches.collate)]
+    leading = found[0].prepared if not packed else packed[0]
+    shares = any(trial.shares for trial in found if trial.prepared is leading)
+    warm_up(leading, leading.total_steps, listener, beside=shares)
+    if not packs(leading.batches.collate):
+        for prepared in packed:
+            prepared.batches.collate = collate_for(prepared.task, prepared.backbone)
 
 
 def _refuse_unequal(found: Sequence[Trial]) -> None:

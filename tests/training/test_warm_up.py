@@ -12,8 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
-from prefixkit.training import loop, warm_up
+from prefixkit.training import layout, loop, warm_up
+from prefixkit.training.sweep import sweep
 from tests.training.test_loop import Interrupted, settings
+from tests.training.test_sweep import Presses, given
 
 Folder = Callable[..., Path]
 # The compiler asks every input for its gradient, and hides what torch says to that from everybody but pytest.
@@ -90,3 +92,20 @@ def test_what_cannot_be_compiled_is_refused_before(backbone_folder: Folder, reco
 
 def test_a_cpu_is_left_alone_by_default(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     assert run(backbone_folder("gpt2"), records, tmp_path / "out").messages == []
+
+
+def test_trials_that_are_packed_stand_or_fall_with_the_first_of_them(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial is not packed, the second is tried for all that are; side by side, as they will be."""
+    monkeypatch.setattr(layout, "_packs_faster", lambda backbone: True)
+    asked, heard = given(backbone_folder("gpt2"), records), Presses()
+    grid = {"method": [{"name": "bitfit"}, {"length": 3}, {"length": 4}]}
+    found = sweep(asked, grid, tmp_path / "packed")
+    assert [layout.packs(trial.prepared.batches.collate) for trial in found] == [False, True, True]
+    monkeypatch.setattr(layout, "laid_each", failing)
+    left = sweep(asked, grid, tmp_path / "padded", listener=heard)
+    assert not any(layout.packs(trial.prepared.batches.collate) for trial in left)
+    assert heard.messages[-1] == "batches are padded: RuntimeError: no compiler here and more"
+    for one, other in zip(left, found, strict=True):
+        assert one.state.best_loss == pytest.approx(other.state.best_loss, rel=1e-4)
