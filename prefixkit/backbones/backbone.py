@@ -171,12 +171,16 @@ class Backbone(ABC):
 
     def release(self) -> PreTrainedModel:
         """The model as `transformers` made it: without our hooks, nothing compiled or computed again."""
+        restore_stacks(self.model)
+        keep(self.model)
+        return self._unhooked()
+
+    def _unhooked(self) -> PreTrainedModel:
+        """The model without our hooks, which come back when it is next given something."""
         for name in ("_attachment", "_stacks"):
             if name in self.__dict__:
                 getattr(self, name).remove()
                 del self.__dict__[name]
-        restore_stacks(self.model)
-        keep(self.model)
         return self.model
 
     @contextmanager

@@ -16,10 +16,10 @@ from torch._dynamo import config
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
+from prefixkit.backbones import own_forward
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.weights import is_pair
 
-_FORWARD = "forward"
 _RECOMPILATIONS = 64
 """Beyond dynamo's limit a pass runs uncompiled and says nothing."""
 
@@ -40,19 +40,19 @@ def compile_stacks(model: PreTrainedModel, *, backend: str = "inductor", mode: s
     config.recompile_limit = max(config.recompile_limit, _RECOMPILATIONS)
     config.specialize_float = True  # scales and caps are the model's: FlexAttention takes none that vary
     for stack in stacks(model):
-        if _FORWARD not in stack.__dict__:
-            stack.__dict__[_FORWARD] = _with_gradients(stack.forward, backend, mode)
+        if not own_forward.has_one(stack):
+            own_forward.give(stack, _with_gradients(stack.forward, backend, mode))
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether `compile_stacks` was called for `model`."""
-    return any(_FORWARD in stack.__dict__ for stack in stacks(model))
+    return any(map(own_forward.has_one, stacks(model)))
 
 
 def restore_stacks(model: PreTrainedModel) -> None:
     """Let all passes of `model` run uncompiled again."""
     for stack in stacks(model):
-        stack.__dict__.pop(_FORWARD, None)
+        own_forward.take_away(stack)
 
 
 def _with_gradients(forward: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ class Encoder(Backbone):
     @cached_property
     def _windows(self) -> set[int | None]:
         """Of its layers' attention."""
-        return {layer.window for layer in look(self.release(), one_input(self.model))}
+        return {layer.window for layer in look(self._unhooked(), one_input(self.model))}
 
     @property
     def context_length(self) -> int | None:
@@ -210,7 +210,7 @@ class Encoder(Backbone):
         """The keys and values of a real text: a start, no equal of having it in the context."""
         if not token_ids:
             raise BackboneError("initialisation text", expected="at least one token", found="none")
-        return key_values_in(self.release(), {"input_ids": torch.tensor([token_ids], device=self.device)})
+        return key_values_in(self._unhooked(), {"input_ids": torch.tensor([token_ids], device=self.device)})
 
     def generate(self, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[list[int]]:
         """Refused: an encoder writes no text. Raises BackboneError."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefixkit.backbones import own_forward
 from prefixkit.backbones.cache_route import checkpoints
 from prefixkit.backbones.compiled import is_compiled
 from prefixkit.backbones.recomputation import is_recomputed, layers_to_recompute
@@ -24,11 +25,11 @@ def last_mlp_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
     if mlp is None:
         yield
         return
-    mlp.__dict__["forward"] = _at(chosen, mlp.forward)
+    own_forward.give(mlp, _at(chosen, mlp.forward))
     try:
         yield
     finally:
-        del mlp.__dict__["forward"]
+        own_forward.take_away(mlp)
 
 
 def _at(chosen: Tensor, everywhere: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,4 +50,4 @@ def _last_mlp(model: PreTrainedModel) -> nn.Module | None:
     if not layers or is_compiled(model) or is_recomputed(layers[-1]) or checkpoints(model):
         return None
     mlp = getattr(layers[-1], "mlp", None)
-    return mlp if isinstance(mlp, nn.Module) and "forward" not in mlp.__dict__ else None
+    return mlp if isinstance(mlp, nn.Module) and not own_forward.has_one(mlp) else None

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefixkit.backbones import own_forward
 from prefixkit.backbones.attention import KEYWORD
 from prefixkit.backbones.deltas import standing, standing_again
 from prefixkit.errors import BackboneError
@@ -37,18 +38,18 @@ def recompute(model: PreTrainedModel) -> None:
         raise BackboneError("gradient_checkpointing", expected="layers to compute again", found=found, next_step=step)
     for index, layer in enumerate(layers):
         if not is_recomputed(layer):
-            layer.__dict__["forward"] = _twice(layer, index)
+            own_forward.give(layer, _twice(layer, index))
 
 
 def keep(model: PreTrainedModel) -> None:
     """Undo `recompute`."""
     for layer in layers_to_recompute(model):
-        layer.__dict__.pop("forward", None)
+        own_forward.take_away(layer)
 
 
 def is_recomputed(layer: nn.Module) -> bool:
     """Whether `layer` is computed again."""
-    return "forward" in layer.__dict__
+    return own_forward.has_one(layer)
 
 
 def layers_to_recompute(model: PreTrainedModel) -> list[nn.Module]:

@@ -86,7 +86,7 @@ class VisionEncoder(Encoder):
             raise BackboneError("initialisation", expected=expected, found=str(len(token_ids)))
         config, generator = self.model.config, torch.Generator().manual_seed(0)
         pixels = torch.randn(1, config.num_channels, *_pair(config.image_size), generator=generator).to(self.device)
-        seen = key_values_in(self.release(), {"pixel_values": pixels.to(self.model.dtype)}, offset=False)
+        seen = key_values_in(self._unhooked(), {"pixel_values": pixels.to(self.model.dtype)}, offset=False)
         length = len(token_ids)
         keys, values = ((each[:, :length] for each in tensors) for tensors in (seen.keys, seen.values))
         return KeyValuePrefix(keys=tuple(keys), values=tuple(values), positions=seen.positions, stack="encoder")

@@ -32,7 +32,7 @@ def between_steps(tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
         if pressed:
             raise AtOnce
         pressed.append(number)
-        tell("finishing what has begun; once more stops at once and keeps the last checkpoint only")
+        tell("finishing this step; once more stops at once and keeps the last checkpoint only")
 
     if threading.current_thread() is not threading.main_thread():
         yield check

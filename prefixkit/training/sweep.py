@@ -8,7 +8,7 @@ goes to the better one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,14 +77,14 @@ def sweep(
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
-        with in_a_line("sweep", "memory for a pass", lambda: SMALLER):
+        with _within_memory():
             _warm_up(found, listener)
     for trial, known in zip(found, earlier, strict=False):
         trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
-        with between_steps(listener.on_message) as check, in_a_line("sweep", "memory for a pass", lambda: SMALLER):
+        with between_steps(listener.on_message) as check, _within_memory():
             _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
     except AtOnce:
         raise
@@ -98,6 +98,10 @@ def sweep(
         raise PrefixkitError(model.config.model_type, expected="frozen weights", found="weights that changed")
     _keep_best(folder, found)
     return found
+
+
+def _within_memory() -> AbstractContextManager[None]:
+    return in_a_line("sweep", "memory for a pass", lambda: SMALLER)
 
 
 @contextmanager

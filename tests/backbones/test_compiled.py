@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,10 @@ from tests.architectures import CONFIGS, tiny
 from tests.backbones.test_decoder import wrap
 from tests.backbones.test_rows import THROUGH_CACHE
 from tests.backbones.test_targets import leaves
+from tests.compiling import COMPILING
 from tests.ragged import labelled, padded, prompts, random_prefix, to_double
 
-# The compiler asks every input for its gradient, and hides what torch says to that from everybody but pytest.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = COMPILING
 
 
 def loss_and_gradients(backbone: Any, batch: dict[str, Tensor], prefix: Any) -> list[Tensor]:

@@ -21,6 +21,7 @@ from tests.architectures import CONFIGS, tiny
 from tests.backbones.test_decoder import wrap
 from tests.backbones.test_packed import examples, loss_and_gradients, packed
 from tests.backbones.test_rows import THROUGH_CACHE, several
+from tests.compiling import COMPILING
 from tests.ragged import to_double
 
 WINDOW = 40
@@ -28,6 +29,7 @@ SDPA = F.scaled_dot_product_attention
 LENGTHS = ((150, 20, 7), (300, 3, 90, 1, 200, 128, 50))
 """Of prefixes, and of examples."""
 OWNER = torch.tensor([1, 0, 2, 2, 0, 1, 2])
+pytestmark = COMPILING
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +132,6 @@ def test_models_in_blocks_equal_themselves_with_the_mask_written_out(
 
 
 def test_attention_is_compiled_once_for_whatever_lengths_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(flex_attention.flex_attention, fullgraph=True, backend=counter)
     monkeypatch.setattr(packing, "_flex", lambda device: compiled)
@@ -161,7 +162,6 @@ def test_models_whose_attention_does_more_stay_padded(monkeypatch: pytest.Monkey
     )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("family", ["gemma2", pytest.param("gpt2", marks=pytest.mark.matrix)])
 def test_a_compiled_stack_reads_packed_rows_in_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, but for the kernels: rows of several lengths, blocks for each window, one graph without breaks."""
@@ -173,7 +173,6 @@ def test_a_compiled_stack_reads_packed_rows_in_one_graph(family: str, monkeypatc
     expected = [loss_and_gradients(decoder, batch, packed(batch, prefixes), leaves) for batch in rows]
     flex, counter = packing._flex, CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(packing, "_flex", lambda device: flex("cuda"))
-    torch._dynamo.reset()
     compile_stacks(decoder.model, backend=counter)
     for batch, (loss, gradients) in zip(rows, expected, strict=True):
         found, others = loss_and_gradients(decoder, batch, packed(batch, prefixes), leaves)
@@ -181,4 +180,3 @@ def test_a_compiled_stack_reads_packed_rows_in_one_graph(family: str, monkeypatc
         for ours, theirs in zip(others, gradients, strict=True):
             assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.abs().max()))
     assert len([graph for graph in counter.graphs if graph.graph.nodes]) == 1
-    torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefixkit.backbones.attention import KEYWORD, Injected
-from prefixkit.backbones.recomputation import recompute
+from prefixkit.backbones.recomputation import is_recomputed, layers_to_recompute, recompute
 from prefixkit.errors import BackboneError
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.training import loop
@@ -77,6 +77,16 @@ def test_a_packed_row_gives_the_same(tmp_path: Path) -> None:
     assert abs(loss - again) <= 1e-10
     assert all((found - right).abs().max() <= 1e-10 for found, right in zip(others, gradients, strict=True))
     assert fewer < kept
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_an_encoder_does_not_forget_it(layout: str, tmp_path: Path) -> None:
+    run = prepared("p-tuning-v2", "bert", tmp_path, layout=layout, gradient_checkpointing=True)
+    run.backbone.key_values_of([5, 6])
+    _, _, kept = loss_and_gradients(run)
+    assert all(map(is_recomputed, layers_to_recompute(run.backbone.model)))
+    run.backbone.release()
+    assert kept < loss_and_gradients(run)[2]
 
 
 def test_trials_side_by_side_end_the_same(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,12 @@ from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
 from prefixkit.training import layout, loop, warm_up
 from prefixkit.training.sweep import sweep
+from tests.compiling import COMPILING
 from tests.training.test_loop import Interrupted, settings
 from tests.training.test_sweep import Presses, given
 
 Folder = Callable[..., Path]
-# The compiler asks every input for its gradient, and hides what torch says to that from everybody but pytest.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-@pytest.fixture(autouse=True)
-def _anew() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = COMPILING
 
 
 def run(folder: Path, records: Path, output: Path, **given: Any) -> Interrupted:
