@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def compiled_anew() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """A test that looks at what is printed may be the first to want a model."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`backbone_folder("llama")`: a folder with a tiny random model of that family and a tokenizer."""
@@ -50,7 +65,8 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
             from tests.small_tokenizer import END, write_folder
 
             folder = tmp_path_factory.mktemp(f"{family}-{seed}")
-            tiny(family, seed).save_pretrained(folder)
+            with _without_progress():
+                tiny(family, seed).save_pretrained(folder)
             write_folder(folder, tokenizer_config={"bos_token": END, "eos_token": END})
             made[family, seed] = folder
         return made[family, seed]

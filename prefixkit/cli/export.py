@@ -29,13 +29,16 @@ def export(
     peft: Annotated[bool, typer.Option("--peft", help="A folder for PEFT: the prefix alone.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
-    target: Annotated[str, typer.Option(help="portable: operators that every ONNX runtime knows.")] = "portable",
+    target: Annotated[
+        str,
+        typer.Option(help="portable: one graph that every ONNX runtime knows; cuda: graphs for `prefixkit serve`."),
+    ] = "portable",
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     baked: Annotated[bool, typer.Option("--baked", help="Put the prefix into the graph, for any runtime.")] = False,
     weights: Annotated[
-        str,
+        str | None,
         typer.Option(help="external: model.onnx.data; checkpoint: the model's own safetensors; inline: model.onnx."),
-    ] = "external",
+    ] = None,
     allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take a prefix for other weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -49,9 +52,7 @@ def export(
     if output is None or backbone is None:
         missing = "--output" if output is None else "--backbone"
         raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    if target != "portable":
-        raise ConfigError("--target", expected="portable", found=repr(target))
-    options = {"dtype": dtype, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
+    options = {"dtype": dtype, "target": target, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
     _show(_onnx(prefix, backbone, output, options), as_json)
 
 

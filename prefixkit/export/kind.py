@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.export.parity import CaseResult
+from prefixkit.export.weights import Weights, save_graph
 from prefixkit.injections import Injection
 from prefixkit.prefix import Prefix
 
@@ -41,6 +42,16 @@ class Export(ABC):
     @abstractmethod
     def graphs(self) -> Mapping[str, ir.Model]:
         """The graphs of the folder, by file."""
+
+    @property
+    def usual_weights(self) -> Weights:
+        """Where weights are stored where nobody says."""
+        return "external"
+
+    def save(self, graphs: Mapping[str, ir.Model], folder: Path, weights: Weights) -> None:
+        """Write `graphs` below `folder`."""
+        for file, graph in graphs.items():
+            save_graph(graph, folder / file, weights, self.backbone.folder)
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:

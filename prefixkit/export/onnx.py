@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.errors import ConfigError
+from prefixkit.export.buffered import BufferedExport
 from prefixkit.export.decoder import DecoderExport
 from prefixkit.export.delta_weights import written_into
 from prefixkit.export.kind import Export
@@ -21,12 +22,13 @@ from prefixkit.export.parity import CaseResult
 from prefixkit.export.reader import ReaderExport, is_reader
 from prefixkit.export.report import GRAPH, PREFIX, report_document, with_results
 from prefixkit.export.verify import refuse_differences
-from prefixkit.export.weights import WEIGHTS, Weights, save_graph
+from prefixkit.export.weights import WEIGHTS, Weights
 from prefixkit.format.atomic import replacing_folder
 from prefixkit.prefix import Prefix, load, save
 from prefixkit.serving.report import FILE
 
 DTYPES = ("float32", "float16")
+TARGETS = ("portable", "cuda")
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
@@ -76,8 +78,9 @@ def export_onnx(
     out_dir: str | Path,
     *,
     dtype: Literal["float32", "float16"] = "float32",
+    target: Literal["portable", "cuda"] = "portable",
     baked: bool = False,
-    weights: Weights = "external",
+    weights: Weights | None = None,
     allow_mismatch: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -95,7 +98,10 @@ def export_onnx(
         baked: put the prefix into the graph, which then is an ordinary decoder to any runtime: past, mask and
             positions speak of the text only. It serves this prefix and no other. For decoders that write; a file
             with deltas, which change the weights of the graph, is always exported so.
-        weights: where they are stored; see `prefixkit.export.weights.save_graph`.
+        target: `portable` is one graph of operators that every runtime knows. `cuda` is for serving many prefixes:
+            graphs over buffers of a fixed capacity (`prefixkit.serving.engine`), which run on the CPU as well.
+        weights: where they are stored; see `prefixkit.export.weights.save_graph`. None is `external`, or for `cuda`
+            `checkpoint` where that has the dtype of the export.
         allow_mismatch: take a prefix made for other weights.
         progress: hears the name of each stage.
 
@@ -104,11 +110,12 @@ def export_onnx(
         MismatchError: the prefix was made for another backbone.
         InputError: options, files or a folder that cannot be used.
     """
-    _check_options(dtype, baked, weights, prefix)
-    export = _export(load(prefix) if isinstance(prefix, (str, Path)) else prefix, backbone, dtype, baked)
+    _check_options(dtype, baked, weights, prefix, target)
+    export = _export(load(prefix) if isinstance(prefix, (str, Path)) else prefix, backbone, dtype, baked, target)
     stages = _Progress(progress)
     with stages.stage("loading"):
         export.load(backbone, allow_mismatch)
+    weights = weights or export.usual_weights
     with replacing_folder(out_dir, marker=FILE) as folder:
         _write(export, folder, weights, stages)
         draft = _draft(export, folder, weights)
@@ -120,8 +127,14 @@ def export_onnx(
     return Exported(Path(out_dir), cases, dict(stages.seconds), size)
 
 
-def _export(prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool) -> Export:
+def _export(prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool, target: str) -> Export:
+    kind: type[Export]
     kind = PairExport if is_pair(backbone, prefix) else ReaderExport if is_reader(backbone, prefix) else DecoderExport
+    if target == "cuda":
+        if kind is not DecoderExport:
+            expected, step = "a decoder that writes", "use --target portable"
+            raise ConfigError("--target cuda", expected=expected, found="another kind of model", next_step=step)
+        kind = BufferedExport
     return kind(prefix, dtype=dtype, baked=baked)
 
 
@@ -133,8 +146,7 @@ def _write(export: Export, folder: Path, weights: Weights, stages: _Progress) ->
         with stages.stage("tracing"):
             graphs = export.graphs()
         with stages.stage("saving"):
-            for file, graph in graphs.items():
-                save_graph(graph, folder / file, weights, source)
+            export.save(graphs, folder, weights)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -157,10 +169,12 @@ def _draft(export: Export, folder: Path, weights: str) -> Mapping[str, Any]:
     return draft
 
 
-def _check_options(dtype: str, baked: bool, weights: str, prefix: object) -> None:
+def _check_options(dtype: str, baked: bool, weights: str | None, prefix: object, target: str) -> None:
+    if target not in TARGETS:
+        raise ConfigError("--target", expected=" or ".join(TARGETS), found=repr(target))
     if dtype not in DTYPES:
         raise ConfigError("--dtype", expected=" or ".join(DTYPES), found=repr(dtype))
-    if weights not in WEIGHTS:
+    if weights is not None and weights not in WEIGHTS:
         raise ConfigError("--weights", expected=", ".join(WEIGHTS), found=repr(weights))
     if baked and prefix is None:
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")

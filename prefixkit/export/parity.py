@@ -87,15 +87,32 @@ def compare(name: str, runtime: Runtime, models: Models, pairs: Sequence[Pair], 
     """Run one batch in both, one row for each pair, and compare every logit; `room` is the longest text that fits."""
     steps = min(STEPS, room - 1)
     rows = texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
-    prefixes = [_as_exported(pair.torch, models.exported.dtype) for pair in pairs]
     found = fed(runtime.start([pair.served for pair in pairs]), rows, steps)
+    return compared(name, str(runtime.dtype), models, pairs, rows, found)
+
+
+def compared(
+    name: str,
+    dtype: str,
+    models: Models,
+    pairs: Sequence[Pair],
+    rows: Sequence[list[int]],
+    found: Sequence[Array],
+    last: int | None = None,
+) -> CaseResult:
+    """What PyTorch says to `rows`, beside what was `found` in a graph of `dtype`; of the `last` tokens alone."""
+    prefixes = [_as_exported(pair.torch, models.exported.dtype) for pair in pairs]
+
+    def alone(model: PreTrainedModel, before: Sequence[KeyValuePrefix | None]) -> list[Array]:
+        return [logits if last is None else logits[-last:] for logits in _each_alone(model, rows, before)]
+
     with changed(models.exact, models.delta):
-        wanted = _each_alone(models.exact, rows, prefixes)
+        wanted = alone(models.exact, prefixes)
     # A row without a prefix is its own bare row, and has no effect.
     changes = any(prefixes) or models.delta is not None
-    bare = _each_alone(models.exact, rows, [None] * len(rows)) if changes else wanted
+    bare = alone(models.exact, [None] * len(rows)) if changes else wanted
     with changed(models.exported, models.delta):
-        rounded = None if models.exported is models.exact else _each_alone(models.exported, rows, prefixes)
+        rounded = None if models.exported is models.exact else alone(models.exported, prefixes)
     own = None if rounded is None else largest_distance(rounded, wanted)
     return CaseResult(
         name=name,
@@ -103,7 +120,7 @@ def compare(name: str, runtime: Runtime, models: Models, pairs: Sequence[Pair], 
         max_abs_difference=largest_distance(found, wanted),
         pytorch_difference=own,
         effect=largest_distance(wanted, bare) if changes else None,
-        tolerance=tolerance(str(runtime.dtype), largest(wanted), own),
+        tolerance=tolerance(dtype, largest(wanted), own),
     )
 
 

@@ -46,7 +46,7 @@ def report_document(
         "prefix": None if prefix is None else _prefix(prefix, baked),
         "versions": {**{name: version(name) for name in _PACKAGES}, "onnxruntime": _onnxruntime()},
         **parts,
-        "graph": {**parts["graph"], "files": files, **common},
+        "graph": {**common, **parts["graph"], "files": files},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,8 @@ def graph_of(
     inputs: Sequence[str],
     outputs: Sequence[str],
     shape: Callable[[ir.Value], ir.Shape],
+    opset: int = OPSET,
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> ir.Model:
     """What `module` does with its arguments, as a graph.
 
@@ -66,18 +68,20 @@ def graph_of(
         dynamic: by argument, which of their dimensions may have other sizes.
         inputs, outputs: names, in the order of the arguments and of what `module` returns.
         shape: how an input's or output's dimensions are to be called.
+        translations: what operators of ours become in ONNX.
     """
     with _quiet():
         program: Any = torch.onnx.export(
             module.eval(),
             example,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             optimize=False,
             verbose=False,
             input_names=inputs,
             output_names=outputs,
             dynamic_shapes=dynamic,
+            custom_translation_table=dict(translations or {}),
         )
         graph: ir.Model = program.model
         optimize_ir(graph, onnx_shape_inference=False, should_fold=_not_transposes)

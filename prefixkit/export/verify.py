@@ -41,10 +41,9 @@ def verify(
     cases = (
         _baked(injection)
         if report.baked
-        else _free(_own(report, injection, runtime.dtype), _probe(decoder, runtime.dtype))
+        else free_cases(own_pair(report, injection, runtime.dtype), probe(decoder, runtime.dtype))
     )
-    room = (decoder.context_length or _UNBOUNDED) - max(_start(pair) for pairs in cases.values() for pair in pairs)
-    models = _models(decoder, delta)
+    room, models = room_of(decoder, cases), models_of(decoder, delta)
     return tuple(compare(name, runtime, models, pairs, room) for name, pairs in cases.items())
 
 
@@ -66,7 +65,13 @@ def _step(result: CaseResult) -> str:
     return "report it with the model's name: the exported graph is wrong for this architecture"
 
 
-def _models(decoder: Decoder, delta: ParameterDelta | None) -> Models:
+def room_of(decoder: Decoder, cases: Mapping[str, Sequence[Pair]]) -> int:
+    """How many tokens of text fit behind every prefix of `cases`."""
+    return (decoder.context_length or _UNBOUNDED) - max(_start(pair) for pairs in cases.values() for pair in pairs)
+
+
+def models_of(decoder: Decoder, delta: ParameterDelta | None) -> Models:
+    """PyTorch's models: as exported, and in float32."""
     model = decoder.release()
     return Models(model, model if model.dtype == torch.float32 else copy.deepcopy(model).float(), delta)
 
@@ -76,20 +81,22 @@ def _baked(injection: KeyValuePrefix | None) -> Mapping[str, Sequence[Pair]]:
     return {"baked prefix": [own] * _ROWS, "baked prefix, one row": [own]}
 
 
-def _free(own: Pair | None, probe: Pair) -> Mapping[str, Sequence[Pair]]:
+def free_cases(own: Pair | None, probe: Pair) -> Mapping[str, Sequence[Pair]]:
+    """The batches of a graph that takes prefixes: the folder's own, a random one, none, and all of them."""
     cases = {"random prefix": [probe] * _ROWS, "no prefix": [NO_PREFIX] * _ROWS, "no prefix, one row": [NO_PREFIX]}
     if own is not None:
         cases = {"prefix": [own] * _ROWS, "prefix, one row": [own], **cases}
     return {**cases, "mixed": [own or probe, NO_PREFIX, probe, own or NO_PREFIX]}
 
 
-def _own(report: ExportedFolder, injection: KeyValuePrefix | None, dtype: np.dtype[np.floating]) -> Pair | None:
+def own_pair(report: ExportedFolder, injection: KeyValuePrefix | None, dtype: np.dtype[np.floating]) -> Pair | None:
+    """The folder's prefix, read back from its file; None without one."""
     if injection is None or report.prefix_file is None:
         return None
     return Pair(injection, served(load(report.folder / report.prefix_file), dtype))
 
 
-def _probe(decoder: Decoder, dtype: np.dtype[np.floating]) -> Pair:
+def probe(decoder: Decoder, dtype: np.dtype[np.floating]) -> Pair:
     """A random prefix: it shows a past that is ignored, also where a trained one has little effect."""
     narrow = min((layer.window for layer in decoder.geometry if layer.window is not None), default=_UNBOUNDED)
     length = max(1, min(_PROBE, narrow - 1))

@@ -30,6 +30,17 @@ class Prompt:
     silent: Set[int] = frozenset()
     """Tokens that are written but belong to no text, such as the BOS that BART begins with."""
 
+    @property
+    def before(self) -> ServedPrefix | None:
+        """What stands before the ids of a decoder."""
+        assert not isinstance(self.prefix, ServedPrefixes)
+        return self.prefix
+
+    @property
+    def slots(self) -> int:
+        """What prefix and ids of a decoder take of a cache."""
+        return len(self.ids) + (self.before.length if self.before is not None else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:

@@ -19,19 +19,23 @@ _UNBOUNDED = 2**31
 
 
 def encode(
-    task: TaskRecord, tokenizer: ModelTokenizer, given: str | Fields, where: str
+    task: TaskRecord, tokenizer: ModelTokenizer, given: str | Fields | tuple[int, ...], where: str
 ) -> tuple[list[int], Sequence[int]]:
     """The token ids of a whole prompt, however long, and of the tokens that end its answer.
 
     Args:
-        given: the task's fields by name; or as text: its only field, a chat's user message, several fields as JSON.
+        given: the task's fields by name; or as text: its only field, a chat's user message, several fields as JSON; or
+            token ids, which are taken as they are.
 
     Raises:
         InputError: other fields than the task's, or an empty prompt.
     """
     check_task(task, tokenizer)
-    fields = _fields(task, given, where) if isinstance(given, str) else given
-    ids = encode_prompt(replace(task, max_length=_UNBOUNDED), tokenizer, fields, where=where)
+    if isinstance(given, tuple):
+        ids = list(given)
+    else:
+        fields = _fields(task, given, where) if isinstance(given, str) else given
+        ids = encode_prompt(replace(task, max_length=_UNBOUNDED), tokenizer, fields, where=where)
     if not ids:
         raise InputError(where, expected="at least one token", found="none", next_step="give some text")
     return ids, stop_ids(task, tokenizer)
@@ -97,6 +101,13 @@ def baked_start(report: ExportedFolder) -> int:
         return 0
     starts = (record.positions.text_start for record in report.prefix.injections if record.positions is not None)
     return max(starts, default=0)
+
+
+def refuse_unknown(ids: Sequence[int], vocabulary: int, where: str) -> None:
+    """Raise InputError for token ids that a model with so large a vocabulary does not know."""
+    unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise InputError(where, expected=f"token ids from 0 to {vocabulary - 1}", found=f"{unknown}")
 
 
 def _fields(task: TaskRecord, text: str, where: str) -> Fields:

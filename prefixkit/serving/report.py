@@ -57,6 +57,19 @@ class ReaderParts:
 
 
 @dataclass(frozen=True)
+class BufferedParts:
+    """The graphs of a model that writes into buffers, beside the one that takes any number of tokens.
+
+    Attributes:
+        decode: the file of the one that takes one token a row.
+        place: that of the one which puts a prefix at the beginning of rows.
+    """
+
+    decode: str
+    place: str
+
+
+@dataclass(frozen=True)
 class ExportedFolder:
     """What serving needs of `export.json`.
 
@@ -67,6 +80,7 @@ class ExportedFolder:
         encoder: the encoder's file, where `graph` is the decoder of an encoder-decoder; None otherwise.
         start: the token that such a decoder begins with.
         reader: what the graph takes and gives where it reads and writes no text; None otherwise.
+        buffered: the graphs beside `graph` where it writes into buffers; None otherwise.
         files: those files and what is beside them, as they were exported; none in reports of before they were listed.
         dtype: of past and present, `float32` or `float16`.
         takes_positions: whether the graph has the input `position_ids`.
@@ -87,6 +101,7 @@ class ExportedFolder:
     encoder: str | None = None
     start: int | None = None
     reader: ReaderParts | None = None
+    buffered: BufferedParts | None = None
 
 
 def read_report(folder: str | Path) -> ExportedFolder:
@@ -114,6 +129,7 @@ _GRAPH = record(
     {"file": _FILE, "dtype": one_of(("float32", "float16")), "inputs": mapping(text())},
     {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
 )
+_BUFFERED = record({"decode": _FILE, "place": _FILE})
 _ENCODER = record({"file": _FILE, "decoder_start_token_id": integer(0)})
 _PLACEMENT = one_of(("prepend", "after_first", "slots"))
 _READER = record(
@@ -131,6 +147,8 @@ def _problems(stored: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _GRAPH("/graph", _picked(stored.get("graph"), "file", "dtype", "inputs", "files"))
     found = list(BACKBONE("/backbone", stored.get("backbone")))
     yield from found
+    if "buffered" in stored:
+        yield from _BUFFERED("/buffered", stored["buffered"])
     if "reader" in stored:
         yield from _READER("/reader", stored["reader"])
     elif not found and "decoder" not in stored["backbone"]["stacks"]:
@@ -181,6 +199,7 @@ def _parse(folder: Path, stored: Mapping[str, Any]) -> ExportedFolder:
         encoder=encoder.get("file"),
         start=encoder.get("decoder_start_token_id"),
         reader=_reader(stored["reader"]) if "reader" in stored else None,
+        buffered=BufferedParts(**stored["buffered"]) if "buffered" in stored else None,
     )
 
 

@@ -10,11 +10,21 @@ from prefixkit.errors import ConfigError, MismatchError
 from prefixkit.format.digest import tokenizer_hash
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix, load, matches
+from prefixkit.serving.batching import write_in_buffers
+from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.generation import Completion, Piece, Prompt, write
 from prefixkit.serving.pair_prefix import ServedPrefixes, served_prefixes
 from prefixkit.serving.pair_runtime import PairRuntime
 from prefixkit.serving.prefix_table import ServedPrefix, served
-from prefixkit.serving.prompts import baked_start, encode, new_tokens, plain_text, room_behind_source, room_for
+from prefixkit.serving.prompts import (
+    baked_start,
+    encode,
+    new_tokens,
+    plain_text,
+    refuse_unknown,
+    room_behind_source,
+    room_for,
+)
 from prefixkit.serving.report import read_report
 from prefixkit.serving.runtime import Device, Runtime
 from prefixkit.serving.sampling import GREEDY, Sampling
@@ -52,8 +62,8 @@ class Session:
             step = "use prefixkit.serving.reader.Reader, which gives states and logits"
             raise ConfigError(str(folder), expected="a model that writes", found="one that reads", next_step=step)
         self._pair = self.report.encoder is not None
-        runtime = PairRuntime if self._pair else Runtime
-        self.runtime: Runtime | PairRuntime = runtime(self.report, device=device, threads=threads)
+        runtime = PairRuntime if self._pair else Runtime if self.report.buffered is None else BufferedRuntime
+        self.runtime: Runtime | PairRuntime | BufferedRuntime = runtime(self.report, device=device, threads=threads)
         self.device = self.runtime.device
         self.prefixes: dict[str, ServedPrefix | ServedPrefixes] = {}
         if self.report.prefix_file is not None:
@@ -90,6 +100,12 @@ class Session:
         # The folder's own prefix was checked when it was exported.
         matches(loaded, self.report.backbone, allow_mismatch=allow_mismatch or own)
         self.prefixes[name] = self._served(name, loaded)
+
+    def drop_prefix(self, name: str) -> None:
+        """Forget a prefix; texts that are being written behind it go on. Raises ConfigError for an unknown one."""
+        if self.prefixes.pop(name, None) is None:
+            step = did_you_mean(name, list(self.prefixes))
+            raise ConfigError("prefix", expected="the name of one", found=repr(name), next_step=step)
 
     def _served(self, name: str, prefix: Prefix) -> ServedPrefix | ServedPrefixes:
         if self._pair:
@@ -144,12 +160,27 @@ class Session:
             self._prompt(given, name, f"prompt {row}", max_new_tokens)
             for row, (given, name) in enumerate(zip(prompts, names, strict=True), start=1)
         ]
+        if isinstance(self.runtime, BufferedRuntime):
+            return write_in_buffers(self.runtime, self.tokenizer, rows, sampling)
         return write(self.runtime, self.tokenizer, rows, sampling)
 
-    def _prompt(self, given: str | Fields, name: str | None, where: str, max_new_tokens: int | None) -> Prompt:
+    def prompt(
+        self, given: str | Fields | tuple[int, ...], name: str | None, where: str, max_new_tokens: int | None
+    ) -> Prompt:
+        """What a model is to read and write for one input of the task of the prefix `name`, or for token ids.
+
+        Raises:
+            InputError: an unknown prefix, a prompt that does not fit the task or leaves no room for an answer.
+        """
+        return self._prompt(given, self._known(name), where, max_new_tokens)
+
+    def _prompt(
+        self, given: str | Fields | tuple[int, ...], name: str | None, where: str, max_new_tokens: int | None
+    ) -> Prompt:
         prefix = self.prefixes[name] if name is not None else None
         task = self._task(prefix)
         ids, stop = encode(task, self.tokenizer, given, where)
+        refuse_unknown(ids, self.report.backbone.vocab_size, where)
         room = self._room(task, prefix, len(ids), max_new_tokens, where)
         return Prompt(
             ids=ids,

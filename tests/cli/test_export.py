@@ -83,7 +83,10 @@ def test_disagreement_is_exit_code_1_and_leaves_nothing(
         (["x.safetensors"], "export: expected a form to export to; found none; add --onnx"),
         (["--onnx", "x.safetensors"], "export --onnx: expected --output; found none"),
         (["--onnx", "x.safetensors", "-o", "y"], "export --onnx: expected --backbone; found none"),
-        (["--onnx", "-o", "y", "--backbone", "z", "--target", "cuda"], "--target: expected portable; found 'cuda'"),
+        (
+            ["--onnx", "-o", "y", "--backbone", "z", "--target", "tpu"],
+            "--target: expected portable or cuda; found 'tpu'",
+        ),
         (["--onnx", "-o", "y", "--backbone", "z", "--dtype", "int8"], "--dtype: expected float32 or float16"),
         (["--onnx", "-o", "y", "--backbone", "z", "--baked"], "--baked: expected a prefix to bake"),
     ],

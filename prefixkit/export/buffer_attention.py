@@ -1,0 +1,188 @@
+"""Attention over buffers of a fixed capacity, as single ONNX operators: new keys and values are written in place.
+
+Each row has its own place to write at, so that rows with prefixes of different lengths and texts of different lengths
+stand in one batch without padding between. What lies behind a row's newest token is never seen: it may be anything.
+
+- `scattered`: TensorScatter and Attention of opset 24 (ONNX 1.19), for any number of new tokens; layers with a sliding
+  window or a soft cap are given a mask.
+- `grouped`: onnxruntime's GroupQueryAttention, which writes and attends in one; for one new token a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from onnxscript.values import Opset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+Form = Literal["scattered", "grouped"]
+OPSET = 24
+_NAME = "prefixkit_buffers"
+_OP = Opset("", OPSET)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where the rows of a pass write.
+
+    Attributes:
+        form: the operators to use.
+        index: [batch], the slot of each row's first new token.
+        buffers: keys and values of each layer, [batch, kv_heads, capacity, head_dim].
+        written: by layer, the same with what is new; filled by the pass.
+    """
+
+    form: Form
+    index: Tensor
+    buffers: Sequence[tuple[Tensor, Tensor]]
+    written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+_WRITING: ContextVar[Writing] = ContextVar("writing")
+
+
+@contextmanager
+def writing(model: PreTrainedModel, where: Writing) -> Iterator[None]:
+    """Send the attention of `model` through ours, in a `with` block."""
+    previous, token = model.config._attn_implementation, _WRITING.set(where)
+    model.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = previous
+        _WRITING.reset(token)
+
+
+@torch.library.custom_op("prefixkit::tensor_scatter", mutates_args=())
+def tensor_scatter(buffer: Tensor, new: Tensor, index: Tensor) -> Tensor:
+    """`buffer` [batch, heads, capacity, dim] with `new` [batch, heads, seq, dim] from slot `index` [batch] on."""
+    slots = index[:, None] + torch.arange(new.shape[2], device=new.device)
+    return buffer.scatter(2, slots[:, None, :, None].expand(new.shape), new)
+
+
+@torch.library.custom_op("prefixkit::attend_valid", mutates_args=())
+def attend_valid(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float) -> Tensor:
+    """Causal attention of `query` [batch, heads, seq, dim], the newest of the first `valid` [batch] slots."""
+    slots = torch.arange(key.shape[2], device=key.device)
+    last = valid[:, None] - query.shape[2] + torch.arange(query.shape[2], device=key.device)
+    mask = (slots <= last[..., None])[:, None]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+
+
+@torch.library.custom_op("prefixkit::attend_masked", mutates_args=())
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention where `mask` [batch, 1, seq, capacity] is True, of scores that stay below `softcap` (0: any)."""
+    repeated = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeated, 1).mT * scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    shares = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return shares @ value.repeat_interleave(repeated, 1)
+
+
+@tensor_scatter.register_fake
+def _(buffer: Tensor, new: Tensor, index: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+@attend_valid.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@attend_masked.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _scatter_node(buffer: Any, new: Any, index: Any) -> Any:
+    return _OP.TensorScatter(buffer, new, index, axis=2, mode="linear")
+
+
+def _valid_node(query: Any, key: Any, value: Any, valid: Any, scale: float) -> Any:
+    return _OP.Attention(query, key, value, None, None, None, valid, is_causal=1, scale=scale)[0]
+
+
+def _masked_node(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
+    return _OP.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.prefixkit.tensor_scatter.default: _scatter_node,
+    torch.ops.prefixkit.attend_valid.default: _valid_node,
+    torch.ops.prefixkit.attend_masked.default: _masked_node,
+}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    where, layer = _WRITING.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if where.form == "grouped":
+        return _grouped(where, layer, (query, key, value), scale, sliding_window, softcap or 0.0), None
+    keys, values = (
+        tensor_scatter(buffer, new, where.index) for buffer, new in zip(where.buffers[layer], (key, value), strict=True)
+    )
+    where.written[layer] = (keys, values)
+    if sliding_window is None and not softcap:
+        found = attend_valid(query, keys, values, where.index + query.shape[2], scale)
+    else:
+        mask = visible(where.index, query.shape[2], keys.shape[2], sliding_window)
+        found = attend_masked(query, keys, values, mask, scale, softcap or 0.0)
+    return found.transpose(1, 2), None
+
+
+def _grouped(
+    where: Writing, layer: int, new: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None, softcap: float
+) -> Tensor:
+    (batch, heads, seq, dim), kv_heads = new[0].shape, new[1].shape[1]
+    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in new)
+    keys, values = where.buffers[layer]
+    found, *written = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (query, key, value, keys, values, where.index.to(torch.int32), _capacity(keys)),
+        {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": scale,
+            "softcap": softcap,
+            "local_window_size": -1 if window is None else window,
+        },
+        dtypes=(query.dtype, keys.dtype, values.dtype),
+        shapes=(query.shape, keys.shape, values.shape),
+        version=1,
+    )
+    where.written[layer] = (written[0], written[1])
+    return found.view(batch, seq, heads, dim)
+
+
+def _capacity(buffer: Tensor) -> Tensor:
+    """The length of a buffer, as GroupQueryAttention wants it."""
+    return torch.full((1,), buffer.shape[2], dtype=torch.int32)
+
+
+def visible(index: Tensor, seq: int, capacity: int, window: int | None) -> Tensor:
+    """[batch, 1, seq, capacity]: which slots the new tokens from slot `index` [batch] on see."""
+    slots = torch.arange(capacity, device=index.device)
+    own = (index[:, None] + torch.arange(seq, device=index.device))[..., None]
+    seen = slots <= own if window is None else (slots <= own) & (slots > own - window)
+    return seen[:, None]
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, lambda *_, **__: None)

@@ -1,0 +1,80 @@
+"""The export of a decoder for serving many prefixes at once: graphs that write into buffers (`--target cuda`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from safetensors.torch import save_model
+
+from prefixkit.backbones.attention import uses_registry
+from prefixkit.backbones.backbone import Backbone
+from prefixkit.backbones.positions import has_alibi
+from prefixkit.errors import ConfigError
+from prefixkit.export.buffered_report import DECODE, PLACE, buffered_parts
+from prefixkit.export.buffered_tracing import trace_buffered, trace_place
+from prefixkit.export.buffered_verify import verify_buffered
+from prefixkit.export.decoder import DecoderExport
+from prefixkit.export.emitted import emitted
+from prefixkit.export.parity import CaseResult
+from prefixkit.export.report import GRAPH
+from prefixkit.export.tracing import traceable
+from prefixkit.export.weights import Weights, save_graph
+from prefixkit.injections import ParameterDelta, part_of
+from prefixkit.prefix import Prefix
+
+
+class BufferedExport(DecoderExport):
+    """A decoder in three graphs over the same buffers, its prefix beside them."""
+
+    def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool) -> None:
+        super().__init__(prefix, dtype=dtype, baked=baked)
+        if self.baked:
+            found = "--baked" if baked else "a file with deltas, which are exported inside the graph"
+            expected, step = "a prefix beside the graph", "use --target portable"
+            raise ConfigError("--target cuda", expected=expected, found=found, next_step=step)
+
+    def load(self, backbone: Backbone | str | Path, allow_mismatch: bool) -> None:
+        """Load the decoder and fold a prompt into keys and values."""
+        super().load(backbone, allow_mismatch)
+        model = self.decoder.model
+        if not uses_registry(model) or has_alibi(model.config):
+            expected = "attention in the registry of transformers, without biases by distance"
+            raise ConfigError(
+                "--target cuda", expected=expected, found=model.config.model_type, next_step="use --target portable"
+            )
+
+    def graphs(self) -> Mapping[str, ir.Model]:
+        """One for any number of tokens, one for one token a row, one for prefixes."""
+        model, geometry = self.decoder.release(), self.decoder.geometry
+        with traceable(model), emitted(model):
+            return {
+                GRAPH: trace_buffered(model, geometry, "scattered"),
+                DECODE: trace_buffered(model, geometry, "grouped"),
+                PLACE: trace_place(model, geometry),
+            }
+
+    @property
+    def usual_weights(self) -> Weights:
+        """The checkpoint's own, where they are of the dtype of the export."""
+        return "checkpoint" if self.decoder.identity.dtype == self.dtype else "external"
+
+    def save(self, graphs: Mapping[str, ir.Model], folder: Path, weights: Weights) -> None:
+        """Write `graphs`, with one file of weights for all of them."""
+        source = self.decoder.folder
+        if weights == "external":
+            source = folder / Path(GRAPH).parent
+            save_model(self.decoder.model, str(source / "model.safetensors"))
+        for file, graph in graphs.items():
+            save_graph(graph, folder / file, "inline" if file == PLACE else "checkpoint", source)
+
+    def parts(self) -> dict[str, Any]:
+        """Inputs, outputs, model and contract."""
+        return buffered_parts(self.decoder)
+
+    def verify(self, folder: Path) -> tuple[CaseResult, ...]:
+        """Compare logits of prompts and of tokens behind them."""
+        assert part_of(self.received, ParameterDelta) is None
+        return verify_buffered(folder, self.decoder, self._own)

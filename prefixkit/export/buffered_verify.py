@@ -1,0 +1,46 @@
+"""Verification of graphs that write into buffers: rows of several prefixes and lengths, one of which is replaced.
+
+As in `prefixkit.export.verify`, the folder is loaded as it will be served, and PyTorch computes each row by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from prefixkit.backbones.decoder import Decoder
+from prefixkit.export.parity import STEPS, CaseResult, Models, Pair, compared, texts
+from prefixkit.export.verify import free_cases, models_of, own_pair, probe, room_of
+from prefixkit.injections import KeyValuePrefix
+from prefixkit.serving.buffered_runtime import BufferedRuntime, Rows
+from prefixkit.serving.prefix_table import Array
+from prefixkit.serving.report import read_report
+
+
+def verify_buffered(folder: Path, decoder: Decoder, injection: KeyValuePrefix | None) -> tuple[CaseResult, ...]:
+    """Run every case in onnxruntime and in PyTorch, on the CPU."""
+    report = read_report(folder)
+    runtime = BufferedRuntime(report, device="cpu")
+    cases = free_cases(own_pair(report, injection, runtime.dtype), probe(decoder, runtime.dtype))
+    room = room_of(decoder, cases)
+    models = models_of(decoder, None)
+    return tuple(_compare(name, runtime, models, pairs, room) for name, pairs in cases.items())
+
+
+def _compare(name: str, runtime: BufferedRuntime, models: Models, pairs: Sequence[Pair], room: int) -> CaseResult:
+    steps = min(STEPS, room - 1)
+    rows = texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
+    longest = max(pair.served.length if pair.served else 0 for pair in pairs)
+    made = runtime.rows(len(pairs), longest + max(map(len, rows)))
+    for row, pair in enumerate(pairs):
+        made.begin(row, pair.served)
+    return compared(name, str(runtime.dtype), models, pairs, rows, _fed(made, rows, steps), last=steps + 1)
+
+
+def _fed(made: Rows, rows: list[list[int]], steps: int) -> list[Array]:
+    """The logits [1 + steps, vocab] of each row behind all but its last `steps` tokens, then behind each of those."""
+    found = [made.read(0, [row[: len(row) - steps] for row in rows]).logits]
+    found += [made.read(0, [[row[-step]] for row in rows]).logits for step in range(steps, 0, -1)]
+    return list(np.stack(found, axis=1))

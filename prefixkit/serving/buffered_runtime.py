@@ -1,0 +1,146 @@
+"""An exported decoder that writes into buffers: prefixes are placed, prompts read and tokens written row by row.
+
+Rows are independent: each has a prefix of its own, or none, and stands at a place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from prefixkit.errors import ConfigError
+from prefixkit.serving.buffer_names import INPUTS, OUTPUTS
+from prefixkit.serving.buffers import Buffers
+from prefixkit.serving.graph import Device, Graph, cache_shapes, padded
+from prefixkit.serving.graph_files import check_files
+from prefixkit.serving.prefix_table import Array, ServedPrefix
+from prefixkit.serving.report import ExportedFolder
+
+
+class BufferedRuntime:
+    """The graphs of an exported folder, loaded once; `rows` gives places to write in.
+
+    Attributes:
+        device: `cuda` or `cpu`, as onnxruntime chose after it tried.
+    """
+
+    def __init__(self, folder: ExportedFolder, *, device: Device = "auto", threads: int | None = None) -> None:
+        assert folder.buffered is not None
+        self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
+        self.takes_positions = folder.takes_positions
+        check_files(folder.folder, folder.files)
+        # One copy of the weights is enough: that of the graph which runs most.
+        self.prompts = Graph(folder.folder / folder.graph, device, threads, mapped=True)
+        self.tokens = Graph(folder.folder / folder.buffered.decode, device, threads)
+        self.places = Graph(folder.folder / folder.buffered.place, device, threads)
+        self.device = self.prompts.device
+        plain = [name for name in INPUTS.values() if "%d" not in name]
+        for graph in (self.prompts, self.tokens):
+            graph.check(cache_shapes(INPUTS, "past", self.layers), plain, folder.dtype)
+
+    def rows(self, count: int, capacity: int) -> Rows:
+        """Places for `count` texts of at most `capacity` slots each, prefixes included."""
+        return Rows(self, Buffers(self.layers, count, capacity, str(self.dtype), self.device))
+
+
+class Next:
+    """What follows the newest token of each row of a pass.
+
+    Attributes:
+        tokens: [rows], the likeliest.
+    """
+
+    def __init__(self, logits: Any, tokens: Any) -> None:
+        self._logits, self.tokens = logits, tokens.numpy().copy()
+
+    @cached_property
+    def logits(self) -> Array:
+        """[rows, vocab], float32. They stay on the device until somebody wants them, before the next pass."""
+        # The next pass writes to the same place.
+        found: Array = self._logits.numpy().copy()
+        return found
+
+
+class Rows:
+    """Texts in progress.
+
+    Attributes:
+        write_index: [rows], the slot of each row's next token.
+        positions: [rows], its position id.
+    """
+
+    def __init__(self, runtime: BufferedRuntime, buffers: Buffers) -> None:
+        self.runtime, self.buffers = runtime, buffers
+        self.write_index, self.positions = np.zeros(buffers.rows, np.int64), np.zeros(buffers.rows, np.int64)
+        self._ready: WeakKeyDictionary[ServedPrefix, list[Any]] = WeakKeyDictionary()
+        self._passes: dict[tuple[int, int], Pass] = {}
+
+    def begin(self, row: int, prefix: ServedPrefix | None) -> None:
+        """Give `row` a new text behind `prefix`; what was there is forgotten."""
+        self.write_index[row], self.positions[row] = (prefix.length, prefix.text_start) if prefix else (0, 0)
+        if prefix is not None and prefix.length:
+            if prefix not in self._ready:
+                self._ready[prefix] = self.buffers.on_device(prefix)
+            self.buffers.place(self.runtime.places, row, self._ready[prefix])
+
+    def read(self, first: int, texts: Sequence[Sequence[int]]) -> Next:
+        """Append the tokens of `texts` to the rows from `first` on, in one pass. A row without any stays as it is.
+
+        Raises:
+            ConfigError: the longest text, which the others are padded to, does not fit behind each row's own.
+        """
+        rows, longest = slice(first, first + len(texts)), max(map(len, texts))
+        ids, real = padded(texts, left=False)
+        counts = real.sum(-1)
+        # What is written to a row that stays lies behind its text, or in a row that nobody has.
+        room = self.buffers.capacity - longest
+        index = np.where(counts, self.write_index[rows], np.minimum(self.write_index[rows], room))
+        if int(index.max()) > room:
+            expected = f"texts that end within the capacity of {self.buffers.capacity} slots"
+            raise ConfigError("capacity", expected=expected, found=f"{int(index.max()) + longest}")
+        last = np.maximum(counts - 1, 0)
+        positions = self.positions[rows, None] + np.minimum(np.arange(longest), last[:, None])
+        found = self._pass(rows, longest).run(
+            {"input_ids": ids, "position_ids": positions, "write_index": index, "last": last}
+        )
+        self.write_index[rows] += counts
+        self.positions[rows] += counts
+        return found
+
+    def _pass(self, rows: slice, longest: int) -> Pass:
+        if longest > 1:
+            return Pass(self.runtime.prompts, self.buffers, rows, longest)
+        key = (rows.start, rows.stop)
+        if key not in self._passes:
+            self._passes[key] = Pass(self.runtime.tokens, self.buffers, rows, longest)
+        return self._passes[key]
+
+
+class Pass:
+    """A pass over a range of rows, with everything at fixed addresses, to be run again and again."""
+
+    def __init__(self, graph: Graph, buffers: Buffers, rows: slice, seq: int) -> None:
+        self.graph, count = graph, rows.stop - rows.start
+        shapes = {"input_ids": (count, seq), "position_ids": (count, seq), "write_index": (count,), "last": (count,)}
+        self._binding = graph.session.io_binding()
+        self._given = {
+            name: graph.on_device(np.zeros(shape, np.int64))
+            for name, shape in shapes.items()
+            if INPUTS[name] in graph.inputs
+        }
+        for name, value in self._given.items():
+            self._binding.bind_ortvalue_input(INPUTS[name], value)
+        self._binding.bind_output(OUTPUTS["logits"], graph.device)
+        self._binding.bind_output(OUTPUTS["token"], graph.device)
+        buffers.bind(self._binding, rows.start, rows.stop)
+
+    def run(self, given: Mapping[str, Array]) -> Next:
+        """Run on inputs `given` by the names of `INPUTS`."""
+        for name, value in self._given.items():
+            value.update_inplace(np.ascontiguousarray(given[name]))
+        logits, tokens, *_ = self.graph.run_bound(self._binding)
+        return Next(logits, tokens)
