@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: `prefixkit serve`, needs the extra `serve`."""

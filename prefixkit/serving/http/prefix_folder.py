@@ -1,0 +1,106 @@
+"""A folder of prefix files, served under the names of the files, and looked at again while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from prefixkit.errors import PrefixkitError
+from prefixkit.prefix import load
+from prefixkit.serving.delivery import EngineError
+from prefixkit.serving.http.catalogue import Catalogue
+from prefixkit.serving.worker import Worker
+
+SECONDS = 1.0
+"""Between two looks."""
+
+_log = logging.getLogger(__name__)
+_Stamp = tuple[int, int, int]
+
+
+class PrefixFolder:
+    """Keeps what is served equal to the `*.safetensors` in a folder; a file that is refused changes nothing."""
+
+    def __init__(self, folder: Path, worker: Worker, catalogue: Catalogue) -> None:
+        self._folder, self._worker, self._catalogue = folder, worker, catalogue
+        self._seen: dict[str, _Stamp] = {}
+        """Every file as it was last looked at, the refused ones too, so that each is told of once."""
+        self._served: set[str] = set()
+        self._missing = False
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Within, what is in the folder is served; at the beginning it already is."""
+        await self.look()
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+    async def look(self) -> None:
+        """Take in what is new or has changed, and drop what has gone."""
+        try:
+            found = await asyncio.to_thread(_stamps, self._folder)
+        except OSError as error:
+            if not self._missing:
+                _log.warning("%s cannot be read, and what it held stays: %s", self._folder, error)
+            self._missing = True
+            return
+        self._missing = False
+        for name in self._seen.keys() - found.keys():
+            await self._drop(name)
+        for name in sorted(name for name, stamp in found.items() if self._seen.get(name) != stamp):
+            self._seen[name] = found[name]
+            await self._take(name)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SECONDS)
+            try:
+                await self.look()
+            except EngineError:
+                return
+            except Exception:
+                _log.exception("%s could not be looked at", self._folder)
+
+    async def _take(self, name: str) -> None:
+        path = self._folder / f"{name}.safetensors"
+        known = name in self._served
+        try:
+            self._catalogue.check(name)
+            prefix = await asyncio.to_thread(load, path)
+            await self._worker.call(lambda engine: engine.session.add_prefix(name, prefix))
+        except EngineError:
+            raise
+        except (PrefixkitError, OSError) as error:
+            _log.warning("%s is refused%s: %s", path.name, ", the one before stays" if known else "", error)
+            return
+        self._served.add(name)
+        self._catalogue.add(name, prefix.manifest)
+        _log.info("prefix %s %s", name, "replaced" if known else "added")
+
+    async def _drop(self, name: str) -> None:
+        del self._seen[name]
+        if name in self._served:
+            # What is being written keeps its prefix to the end.
+            self._served.remove(name)
+            self._catalogue.drop(name)
+            await self._worker.call(lambda engine: engine.session.drop_prefix(name))
+            _log.info("prefix %s dropped", name)
+
+
+def _stamps(folder: Path) -> dict[str, _Stamp]:
+    """Change time, size and inode of each prefix file, by its name without the ending."""
+    found = {}
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" and not path.name.startswith("."):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found[path.stem] = status.st_mtime_ns, status.st_size, status.st_ino
+    return found

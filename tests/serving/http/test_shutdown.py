@@ -1,0 +1,81 @@
+"""The end of a server: what runs may finish, what is new is refused, and nothing waits longer than the grace."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from http.client import IncompleteRead
+
+import pytest
+
+from prefixkit.errors import ConfigError
+from prefixkit.serving.http.limits import Limits
+from prefixkit.serving.http.server import bound, url_of
+from tests.serving.http.client import Client, eventually, serving
+from tests.serving.scripted_engine import ENDLESS, ScriptedEngine
+
+PATH = "/v1/completions"
+ASKED = {"model": "own", "prompt": "Blue Spice", "max_tokens": 300, "stream": True}
+
+
+def tell(client: Client) -> None:
+    client.server.handle_exit(signal.SIGTERM, None)
+
+
+def is_closed(client: Client) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", client.port), timeout=5).close()
+    except OSError:
+        return True
+    return False
+
+
+def test_what_runs_finishes_and_what_is_new_is_refused(client: Client) -> None:
+    running = client.send(PATH, ASKED)
+    running.readline()
+    tell(client)
+    assert client.ask("/health") == (503, {"status": "draining", "reason": "the server is shutting down"})
+    status, error = client.refusal(PATH, ASKED)
+    assert (status, error["type"]) == (503, "server_error")
+    with client.send(PATH, ASKED) as response:
+        assert (response.headers["Retry-After"], response.headers["Connection"]) == ("1", "close")
+    with running:
+        assert running.read().endswith(b"data: [DONE]\n\n")
+    eventually(lambda: is_closed(client))
+
+
+def test_a_server_without_work_ends_at_once(client: Client) -> None:
+    tell(client)
+    eventually(lambda: is_closed(client))
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_nothing_outlasts_the_grace_or_a_second_signal(engine: ScriptedEngine, signals: int) -> None:
+    with serving(engine, limits=Limits(grace=0.2 if signals == 1 else 1000)) as client:
+        running = client.send(PATH, {**ASKED, "max_tokens": ENDLESS})
+        running.readline()
+        for _ in range(signals):
+            tell(client)
+        eventually(lambda: is_closed(client))
+        # Cut off, and not ended as if it were whole.
+        with running, pytest.raises(IncompleteRead):
+            running.read()
+    assert "prefixkit-engine" not in [thread.name for thread in threading.enumerate()]
+    assert engine.cancelled == [0]
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with bound("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="expected an address to listen at"):
+        bound("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_addresses_are_those_that_clients_write(host: str, shown: str) -> None:
+    with bound(host, 0) as listening:
+        assert url_of(listening) == f"{shown}{listening.getsockname()[1]}"
+
+
+def test_a_host_that_is_none_is_told() -> None:
+    with pytest.raises(ConfigError, match="--host nowhere"):
+        bound("nowhere.invalid", 0)
