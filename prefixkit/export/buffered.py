@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.positions import has_alibi
-from prefixkit.errors import ConfigError
+from prefixkit.errors import ConfigError, FormatError
 from prefixkit.export.buffered_report import DECODE, PLACE, buffered_parts
 from prefixkit.export.buffered_tracing import trace_buffered, trace_place
 from prefixkit.export.buffered_verify import verify_buffered
@@ -24,6 +24,7 @@ from prefixkit.export.tracing import traceable
 from prefixkit.export.weights import Weights, save_graph
 from prefixkit.injections import ParameterDelta, part_of
 from prefixkit.prefix import Prefix
+from prefixkit.serving.graph import Graph
 
 
 class BufferedExport(DecoderExport):
@@ -78,3 +79,19 @@ class BufferedExport(DecoderExport):
         """Compare logits of prompts and of tokens behind them."""
         assert part_of(self.received, ParameterDelta) is None
         return verify_buffered(folder, self.decoder, self._own)
+
+    def twin(self, folder: Path) -> BufferedExport | None:
+        """The same export in float32, where this machine cannot run bfloat16: its weights are the same to the bit."""
+        if self.dtype != "bfloat16" or _runs_here(folder / PLACE):
+            return None
+        twin = BufferedExport(self.prefix, dtype="float32", baked=False)
+        twin.load(self.decoder.folder, allow_mismatch=True)
+        return twin
+
+
+def _runs_here(graph: Path) -> bool:
+    """Whether a graph in bfloat16 runs: onnxruntime knows that of a GPU once it has tried."""
+    try:
+        return Graph(graph, "auto", None).device == "cuda"
+    except FormatError:
+        return False

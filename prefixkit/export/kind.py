@@ -57,6 +57,10 @@ class Export(ABC):
     def parts(self) -> dict[str, Any]:
         """What `export.json` says of graphs of this kind alone."""
 
+    def twin(self, folder: Path) -> Export | None:
+        """What is verified in the place of `folder`, whose graphs do not run here; None where they do."""
+        return None
+
     @abstractmethod
     def verify(self, folder: Path) -> tuple[CaseResult, ...]:
         """Compare the folder with PyTorch."""

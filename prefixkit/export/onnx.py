@@ -7,8 +7,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from prefixkit.backbones.backbone import Backbone
@@ -27,8 +28,8 @@ from prefixkit.format.atomic import replacing_folder
 from prefixkit.prefix import Prefix, load, save
 from prefixkit.serving.report import FILE
 
-DTYPES = ("float32", "float16")
-TARGETS = ("portable", "cuda")
+DTYPES = {"portable": ("float32", "float16"), "cuda": ("float32", "float16", "bfloat16")}
+"""By target."""
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
@@ -77,7 +78,7 @@ def export_onnx(
     backbone: Backbone | str | Path,
     out_dir: str | Path,
     *,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     target: Literal["portable", "cuda"] = "portable",
     baked: bool = False,
     weights: Weights | None = None,
@@ -94,7 +95,9 @@ def export_onnx(
         prefix: a loaded prefix or its file; None exports the bare backbone, which takes any prefix later.
         backbone: a loaded backbone, a folder or a hub id.
         out_dir: a new folder, an empty one, or one that this function wrote, which is replaced.
-        dtype: of weights, cache and computation. Logits are float32 in either. Float16 is for decoders that write.
+        dtype: of weights, cache and computation. Logits are float32 in any. Half precision is for decoders that write,
+            bfloat16 for the target `cuda`. On a machine without a GPU, which cannot run bfloat16, the same export in
+            float32 is verified in its place.
         baked: put the prefix into the graph, which then is an ordinary decoder to any runtime: past, mask and
             positions speak of the text only. It serves this prefix and no other. For decoders that write; a file
             with deltas, which change the weights of the graph, is always exported so.
@@ -120,7 +123,7 @@ def export_onnx(
         _write(export, folder, weights, stages)
         draft = _draft(export, folder, weights)
         with stages.stage("verifying"):
-            cases = export.verify(folder)
+            cases = _verified(export, folder)
         refuse_differences(cases)
         _write_report(folder, with_results(draft, cases, stages.seconds))
     size = sum(file.stat().st_size for file in Path(out_dir).rglob("*") if file.is_file())
@@ -170,14 +173,25 @@ def _draft(export: Export, folder: Path, weights: str) -> Mapping[str, Any]:
 
 
 def _check_options(dtype: str, baked: bool, weights: str | None, prefix: object, target: str) -> None:
-    if target not in TARGETS:
-        raise ConfigError("--target", expected=" or ".join(TARGETS), found=repr(target))
-    if dtype not in DTYPES:
-        raise ConfigError("--dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+    if target not in DTYPES:
+        raise ConfigError("--target", expected=" or ".join(DTYPES), found=repr(target))
+    if dtype not in DTYPES[target]:
+        raise ConfigError("--dtype", expected=" or ".join(DTYPES[target]), found=repr(dtype))
     if weights is not None and weights not in WEIGHTS:
         raise ConfigError("--weights", expected=", ".join(WEIGHTS), found=repr(weights))
     if baked and prefix is None:
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")
+
+
+def _verified(export: Export, folder: Path) -> tuple[CaseResult, ...]:
+    twin = export.twin(folder)
+    if twin is None:
+        return export.verify(folder)
+    with TemporaryDirectory(dir=folder.parent, prefix=".twin-") as made:
+        beside = Path(made)
+        _write(twin, beside, "external", _Progress(lambda stage: None))
+        _draft(twin, beside, "external")
+        return tuple(replace(case, name=f"{case.name}, in float32") for case in twin.verify(beside))
 
 
 def _write_report(folder: Path, document: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ No logit may differ by more than
 - float32: 1e-4. Only where logits exceed 168, whose last places float32 itself does not resolve to that: 5 units in the
   last place of the largest.
 - float16: 5e-3, or three times what PyTorch's own float16 differs from the reference in the same rows, which is what
-  rounding alone does to this model; but never more than a fiftieth of the largest logit.
+  rounding alone does to this model; but never more than a fiftieth of the largest logit. bfloat16: 5e-2, or the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prefixkit.serving.generation import Batch
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.runtime import Runtime
 
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 """Difference of logits that is always accepted, by dtype."""
 _LAST_PLACES = 5
 _TIMES_PYTORCH = 3

@@ -6,7 +6,7 @@ Rows are independent: each has a prefix of its own, or none, and stands at a pla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,16 +35,28 @@ class BufferedRuntime:
         check_files(folder.folder, folder.files)
         # One copy of the weights is enough: that of the graph which runs most.
         self.prompts = Graph(folder.folder / folder.graph, device, threads, mapped=True)
-        self.tokens = Graph(folder.folder / folder.buffered.decode, device, threads)
         self.places = Graph(folder.folder / folder.buffered.place, device, threads)
+        self._tokens = partial(Graph, folder.folder / folder.buffered.decode, device, threads)
         self.device = self.prompts.device
-        plain = [name for name in INPUTS.values() if "%d" not in name]
-        for graph in (self.prompts, self.tokens):
-            graph.check(cache_shapes(INPUTS, "past", self.layers), plain, folder.dtype)
+        self._check(self.prompts)
 
     def rows(self, count: int, capacity: int) -> Rows:
         """Places for `count` texts of at most `capacity` slots each, prefixes included."""
         return Rows(self, Buffers(self.layers, count, capacity, str(self.dtype), self.device))
+
+    def tokens(self, rows: int, capacity: int) -> Graph:
+        """The graph that takes one token a row; on a GPU, one for so many rows in every pass, which is recorded."""
+        return self._tokens(fixed={"rows": rows, "capacity": capacity}) if self.device == "cuda" else self._of_any_rows
+
+    @cached_property
+    def _of_any_rows(self) -> Graph:
+        graph = self._tokens()
+        self._check(graph)
+        return graph
+
+    def _check(self, graph: Graph) -> None:
+        plain = [name for name in INPUTS.values() if "%d" not in name]
+        graph.check(cache_shapes(INPUTS, "past", self.layers), plain, str(self.dtype))
 
 
 class Next:
@@ -77,6 +89,7 @@ class Rows:
         self.runtime, self.buffers = runtime, buffers
         self.write_index, self.positions = np.zeros(buffers.rows, np.int64), np.zeros(buffers.rows, np.int64)
         self._ready: WeakKeyDictionary[ServedPrefix, list[Any]] = WeakKeyDictionary()
+        self._tokens = runtime.tokens(buffers.rows, buffers.capacity)
         self._passes: dict[tuple[int, int], Pass] = {}
 
     def begin(self, row: int, prefix: ServedPrefix | None) -> None:
@@ -112,11 +125,12 @@ class Rows:
         return found
 
     def _pass(self, rows: slice, longest: int) -> Pass:
-        if longest > 1:
-            return Pass(self.runtime.prompts, self.buffers, rows, longest)
         key = (rows.start, rows.stop)
+        some = self.runtime.device == "cuda" and key != (0, self.buffers.rows)
+        if longest > 1 or some:
+            return Pass(self.runtime.prompts, self.buffers, rows, longest)
         if key not in self._passes:
-            self._passes[key] = Pass(self.runtime.tokens, self.buffers, rows, longest)
+            self._passes[key] = Pass(self._tokens, self.buffers, rows, longest)
         return self._passes[key]
 
 
@@ -134,13 +148,16 @@ class Pass:
         }
         for name, value in self._given.items():
             self._binding.bind_ortvalue_input(INPUTS[name], value)
-        self._binding.bind_output(OUTPUTS["logits"], graph.device)
-        self._binding.bind_output(OUTPUTS["token"], graph.device)
+        vocabulary = next(one.shape[1] for one in graph.session.get_outputs() if one.name == OUTPUTS["logits"])
+        self._logits = graph.on_device(np.zeros((count, vocabulary), np.float32))
+        self._tokens = graph.on_device(np.zeros(count, np.int64))
+        self._binding.bind_ortvalue_output(OUTPUTS["logits"], self._logits)
+        self._binding.bind_ortvalue_output(OUTPUTS["token"], self._tokens)
         buffers.bind(self._binding, rows.start, rows.stop)
 
     def run(self, given: Mapping[str, Array]) -> Next:
         """Run on inputs `given` by the names of `INPUTS`."""
         for name, value in self._given.items():
             value.update_inplace(np.ascontiguousarray(given[name]))
-        logits, tokens, *_ = self.graph.run_bound(self._binding)
-        return Next(logits, tokens)
+        self.graph.run_bound(self._binding)
+        return Next(self._logits, self._tokens)

@@ -27,16 +27,26 @@ class Graph:
         device: `cuda` or `cpu`, as onnxruntime chose after it tried.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int | None, *, mapped: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        threads: int | None,
+        *,
+        mapped: bool = False,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
         """Load the graph at `path`.
 
         Args:
             mapped: on a CPU, multiply by the weights as they lie in their file, which is mapped into memory, rather
                 than by copies in another order: they take no memory of their own, and a pass takes up to 1.3 times as
                 long.
+            fixed: sizes of all dimensions that are free, by name. On a GPU the work of a pass is recorded then (a CUDA
+                graph), and repeated on the memory that was bound for the first.
         """
         self.path = path
-        self.session = _load(path, device, threads, mapped)
+        self.session = _load(path, device, _options(threads, mapped, fixed or {}), recorded=bool(fixed))
         # The list of available providers names those whose libraries are missing, too.
         self.device = "cuda" if _PROVIDERS["cuda"] in self.session.get_providers() else "cpu"
         if device == "cuda" and self.device != "cuda":
@@ -130,8 +140,7 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Array, 
     return ids, real
 
 
-def _load(path: Path, device: Device, threads: int | None, mapped: bool) -> Any:
-    providers = _providers(device)
+def _options(threads: int | None, mapped: bool, fixed: Mapping[str, int]) -> Any:
     options = onnxruntime.SessionOptions()
     # What goes wrong is raised as well, and told in one line.
     options.log_severity_level = _FATAL
@@ -139,6 +148,15 @@ def _load(path: Path, device: Device, threads: int | None, mapped: bool) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    for name, size in fixed.items():
+        options.add_free_dimension_override_by_name(name, size)
+    return options
+
+
+def _load(path: Path, device: Device, options: Any, *, recorded: bool) -> Any:
+    providers: list[Any] = _providers(device)
+    if recorded and providers[0] == _PROVIDERS["cuda"]:
+        providers[0] = (providers[0], {"enable_cuda_graph": "1"})
     try:
         with _without_provider_noise():
             return onnxruntime.InferenceSession(str(path), options, providers=providers)

@@ -126,7 +126,7 @@ def read_report(folder: str | Path) -> ExportedFolder:
 
 _FILE = text(r"[^./\\:][^/\\:]*(/[^./\\:][^/\\:]*)*", "a file inside the folder")
 _GRAPH = record(
-    {"file": _FILE, "dtype": one_of(("float32", "float16")), "inputs": mapping(text())},
+    {"file": _FILE, "dtype": one_of(("float32", "float16", "bfloat16")), "inputs": mapping(text())},
     {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
 )
 _BUFFERED = record({"decode": _FILE, "place": _FILE})

@@ -200,5 +200,39 @@ def test_float16_is_as_good_as_pytorchs_own(tmp_path: Path) -> None:
     assert min(case.effect for case in done.cases if case.effect is not None) > EFFECT
 
 
+def test_bfloat16_is_verified_by_its_twin_where_it_cannot_run(tmp_path: Path) -> None:
+    tiny("qwen3").bfloat16().save_pretrained(tmp_path / "half")
+    for file in backbone("qwen3").glob("tokenizer*"):
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    loaded = load_backbone(tmp_path / "half", dtype="bfloat16")
+    prefix = random_prefix(loaded.identity)
+    done = export_onnx(prefix, loaded, tmp_path / "served", target="cuda", dtype="bfloat16")
+    assert all(case.name.endswith(", in float32") and case.max_abs_difference <= TOLERANCE for case in done.cases)
+    assert min(case.effect for case in done.cases if case.effect is not None) > EFFECT
+    # Half the bytes of the twin, and the checkpoint's own.
+    stored = (tmp_path / "half" / "model.safetensors").read_bytes()
+    assert (done.folder / "onnx" / "model.safetensors").read_bytes() == stored
+    graph = onnx.load(done.folder / "onnx" / "decode.onnx", load_external_data=False).graph
+    types = {one.name: one.type.tensor_type.elem_type for one in graph.input}
+    assert types["past_key_values.0.key"] == onnx.TensorProto.BFLOAT16
+    assert {one.op_type for one in graph.node} >= {"RMSNormalization", "RotaryEmbedding", "GroupQueryAttention"}
+    assert not list(tmp_path.glob(".twin-*"))
+
+
+def test_a_graph_of_one_size_says_the_same() -> None:
+    """As on a GPU, where a pass over all rows is recorded."""
+    folder = exported("llama", target="cuda").folder
+    runtime = BufferedRuntime(read_report(folder), device="cpu", threads=1)
+    found = []
+    for graph in (runtime.tokens(2, 24), runtime._tokens(fixed={"rows": 2, "capacity": 24})):
+        rows = runtime.rows(2, 24)
+        rows._tokens = graph
+        rows.read(0, [[5, 6, 7], [8]])
+        found.append(rows.read(0, [[9], [10]]).logits)
+    assert all(isinstance(size, int) for one in graph.session.get_inputs() for size in one.shape)
+    assert np.abs(found[0] - found[1]).max() <= 1e-5
+    assert np.abs(found[0][0] - found[0][1]).max() > EFFECT
+
+
 def test_windows_narrower_than_a_text_are_kept() -> None:
     assert max(PROMPTS) + STEPS > WINDOW

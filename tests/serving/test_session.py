@@ -206,7 +206,7 @@ def test_folders_that_cannot_be_served_are_one_line(family: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("part", "changes", "told"),
     [
-        ("graph", {"dtype": "banana"}, "/graph/dtype: expected 'float32' or 'float16'; found 'banana'"),
+        ("graph", {"dtype": "banana"}, "/graph/dtype: expected 'float32' or 'float16' or 'bfloat16'; found 'banana'"),
         (
             "graph",
             {"dtype": "float16"},
