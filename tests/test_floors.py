@@ -51,6 +51,7 @@ FROM_FLOOR = {
     "onnx_ir": 5,
     "sacrebleu": 5,
     "peft": 5,
+    "ray": 5,
     "optuna": 5,
     "sqlalchemy": 5,
     "typer": 6,

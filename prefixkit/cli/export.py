@@ -1,4 +1,4 @@
-"""`prefixkit export`: a prefix in the form that another runtime loads."""
+"""`prefixkit export`: a prefix, or what was exported before, in the form that another runtime loads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ def register(app: typer.Typer) -> None:
 
 def export(
     prefix: Annotated[
-        Path | None, typer.Argument(help="The prefix file. Without one, --onnx exports the bare model.")
+        Path | None,
+        typer.Argument(help="The prefix file, or a folder for --triton. Without one, the bare model."),
     ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="A folder for onnxruntime: the model's graph and the prefix.")
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="A folder for PEFT: the prefix alone.")] = False,
+    triton: Annotated[
+        bool, typer.Option("--triton", help="A Triton model repository, of a folder that --onnx wrote.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
     target: Annotated[
@@ -43,11 +47,11 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
-    if onnx == peft:
-        found = "two" if onnx else "none"
-        raise ConfigError("export", expected="a form to export to", found=found, next_step="add --onnx or --peft")
-    if peft:
-        _peft(prefix, output)
+    if onnx + peft + triton != 1:
+        found, step = f"{onnx + peft + triton}", "add --onnx, --peft or --triton"
+        raise ConfigError("export", expected="one form to export to", found=found, next_step=step)
+    if peft or triton:
+        (_peft if peft else _triton)(prefix, output)
         return
     if output is None or backbone is None:
         missing = "--output" if output is None else "--backbone"
@@ -66,6 +70,17 @@ def _peft(prefix: Path | None, output: Path | None) -> None:
     export_peft(load(prefix), output)
     typer.echo(f"wrote {output}")
     typer.echo(f'next: PeftModel.from_pretrained(model, "{output}")')
+
+
+def _triton(folder: Path | None, output: Path | None) -> None:
+    from prefixkit.export.triton import write_triton
+
+    if folder is None or output is None:
+        missing = "a folder that --onnx wrote" if folder is None else "--output"
+        raise ConfigError("export --triton", expected=missing, found="none", next_step="see `prefixkit export --help`")
+    models = write_triton(folder, output)
+    typer.echo(f"wrote {output}: {', '.join(model.name for model in models)}")
+    typer.echo(f"next: {output}/README.md, and tritonserver --model-repository={output}")
 
 
 def _onnx(prefix: Path | None, backbone: str, output: Path, options: dict[str, Any]) -> Exported:

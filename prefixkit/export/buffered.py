@@ -67,7 +67,12 @@ class BufferedExport(DecoderExport):
         source = self.decoder.folder
         if weights == "external":
             source = folder / Path(GRAPH).parent
-            save_model(self.decoder.model, str(source / "model.safetensors"))
+            stored = source / "model.safetensors"
+            stored.touch()
+            readable = stored.stat().st_mode
+            save_model(self.decoder.model, str(stored))
+            # safetensors keeps what it writes to this user.
+            stored.chmod(readable)
         for file, graph in graphs.items():
             save_graph(graph, folder / file, "inline" if file == PLACE else "checkpoint", source)
 

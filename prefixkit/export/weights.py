@@ -75,7 +75,7 @@ def _transpose_weights(graph: ir.Model) -> None:
 
 
 def _point_into_checkpoint(graph: ir.Model, path: Path, checkpoint: Path) -> None:
-    linked = [_beside(file, path.parent) for file in weight_files(checkpoint)]
+    linked = [beside(file, path.parent) for file in weight_files(checkpoint)]
     stored = list(_tensors(linked))
     rest = []
     for value in graph.graph.initializers.values():
@@ -101,7 +101,7 @@ def _large(graph: ir.Model) -> list[ir.Value]:
     return [value for value in tensors if value.const_value.nbytes >= _SMALL]
 
 
-def _beside(file: Path, folder: Path) -> Path:
+def beside(file: Path, folder: Path) -> Path:
     """`file` in `folder`, as the same file where the file system can, else as a copy."""
     source, target = file.resolve(), folder / file.name
     if target.exists():

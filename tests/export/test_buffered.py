@@ -191,6 +191,7 @@ def test_weights_of_another_dtype_are_written_once(tmp_path: Path) -> None:
     whole = sum(one.numel() * 4 for one in AutoModelForCausalLM.from_pretrained(tmp_path / "half").parameters())
     assert (done.folder / "onnx" / "model.safetensors").stat().st_size < 1.1 * whole
     assert not list((done.folder / "onnx").glob("*.data"))
+    assert len({file.stat().st_mode for file in (done.folder / "onnx").iterdir()}) == 1, "whoever serves may read all"
 
 
 def test_float16_is_as_good_as_pytorchs_own(tmp_path: Path) -> None:
