@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from prefixkit.prefix import Prefix as Prefix
     from prefixkit.prefix import load as load
     from prefixkit.prefix import save as save
+    from prefixkit.serving.engine import Engine as Engine
+    from prefixkit.serving.request import Request as Request
     from prefixkit.serving.session import Session as Session
     from prefixkit.training.capture import capture as capture
     from prefixkit.training.config import TrainConfig as TrainConfig
@@ -28,6 +30,8 @@ _HOME = {
     "Prefix": "prefixkit.prefix",
     "load": "prefixkit.prefix",
     "save": "prefixkit.prefix",
+    "Engine": "prefixkit.serving.engine",
+    "Request": "prefixkit.serving.request",
     "Session": "prefixkit.serving.session",
     "attach": "prefixkit.backbones.attach",
     "detach": "prefixkit.backbones.attach",
@@ -42,9 +46,11 @@ _HOME = {
 }
 
 __all__ = [
+    "Engine",
     "Prefix",
     "PrefixTuning",
     "PromptTuning",
+    "Request",
     "Session",
     "TrainConfig",
     "attach",
