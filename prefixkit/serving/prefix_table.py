@@ -51,6 +51,8 @@ def converted(prefix: Prefix, stack: str, attention: str, dtype: np.dtype[Any]) 
         where = f"prefix for {prefix.manifest.backbone.name}"
         raise InputError(where, expected="a prefix before the text", found=found, next_step=step)
     tensors = tuple(array for pair in key_values(prefix, stack=stack, attention=attention) for array in pair)
+    if all(array.dtype == dtype for array in tensors):
+        return tuple(map(np.ascontiguousarray, tensors))
     # float32 first: bfloat16 reaches float16 only through it.
     made = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)
     if not all(np.isfinite(array).all() for array in made):

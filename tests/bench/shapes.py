@@ -32,6 +32,18 @@ QWEN3_600M = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+QWEN3_1700M = {**QWEN3_600M, "hidden_size": 2048, "intermediate_size": 6144}
+LLAMA_100M = {
+    "model_type": "llama",
+    "num_hidden_layers": 16,
+    "hidden_size": 640,
+    "intermediate_size": 2304,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "vocab_size": 16384,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 LLAMA3_8B = {
     "model_type": "llama",
     "num_hidden_layers": 32,
@@ -118,11 +130,18 @@ def _lognormal(mean: int, spread: float, count: int, seed: int) -> list[EncodedE
 
 
 def make_backbone(
-    shape: Mapping[str, Any], folder: Path, dtype: str = "float32", seed: int = 0, *, weights: bool = True
+    shape: Mapping[str, Any],
+    folder: Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    *,
+    weights: bool = True,
+    device: str = "cpu",
 ) -> str:
     """Write random weights of `shape` to `folder`, with the tokenizer of the embedded backbone; or no weights.
 
-    Dropout is off, as all contenders compute the same.
+    Dropout is off, as all contenders compute the same. The weights are drawn on `device`: billions take minutes on one
+    core.
     """
     torch.manual_seed(seed)
     own = dict(shape)
@@ -130,7 +149,9 @@ def make_backbone(
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
     config = AutoConfig.for_model(family, **own, **dropout, bos_token_id=0, eos_token_id=0)
     if weights:
-        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+        with torch.device(device):
+            made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        made.save_pretrained(folder)
     else:
         config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
