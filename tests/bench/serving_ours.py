@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from prefixkit.prefix import Prefix
 from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.engine import Engine
+from prefixkit.serving.graph import Graph
 from prefixkit.serving.request import Progress, Request
 from prefixkit.serving.session import Session
 from tests.bench.serving_work import Tokens, Turn, Work
@@ -48,8 +49,12 @@ class OurScatteredEngine(OurEngine):
 
     def begin(self) -> None:
         """Exchange the graph for tokens."""
-        assert isinstance(self.session.runtime, BufferedRuntime)
-        self.session.runtime.tokens = self.session.runtime.prompts
+        runtime, report, work = self.session.runtime, self.session.report, self.work
+        assert isinstance(runtime, BufferedRuntime)
+        sizes = {"rows": work.rows, "capacity": work.capacity, "sequence_length": 1}
+        fixed = sizes if runtime.device == "cuda" else None
+        graph = Graph(report.folder / report.graph, runtime.device, work.threads, fixed=fixed)  # type: ignore[arg-type]
+        runtime.tokens = lambda rows, capacity: graph  # type: ignore[method-assign]
         super().begin()
 
 
