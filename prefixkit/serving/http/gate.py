@@ -37,6 +37,10 @@ class Gate:
         try:
             refusal = self._refusal(scope)
             await (self._app if refusal is None else refusal.response())(scope, receive, sending)
+        except Exception:
+            # Starlette answers it further out.
+            status = 500 if status == CLIENT_GONE else status
+            raise
         finally:
             self._service.active -= 1
             self._service.metrics.requests.labels(_route(scope["path"]), str(status)).inc()

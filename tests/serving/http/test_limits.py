@@ -130,6 +130,7 @@ def test_a_fault_of_ours_is_told_without_details(
     monkeypatch.setattr(engine, "submit", fail)
     status, error = client.refusal(COMPLETIONS, ASKED)
     assert (status, error["message"], error["type"]) == (500, "internal error", "server_error")
+    eventually(lambda: client.metric('prefixkit_requests_total{route="/v1/completions",status="500"}') == 1)
 
 
 @pytest.mark.parametrize("wrong", [{"body": 0}, {"seconds": 0}, {"seconds": -1.0}])
