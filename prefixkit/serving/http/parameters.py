@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +18,8 @@ HARMLESS = (
 
 _LONG = 80
 """Characters of what a client sent that it is told again."""
+_LARGEST = sys.float_info.max
+"""JSON's whole numbers go on beyond it."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _LONG
 
@@ -56,13 +58,13 @@ class Parameters:
             raise self.wrong(name, f"an integer from {low} to {high}", value)
         return value
 
-    def number(self, name: str, low: float, high: float = math.inf) -> float | None:
+    def number(self, name: str, low: float, high: float = _LARGEST) -> float | None:
         """A finite number from `low` to `high`."""
         value = self.value(name)
         if value is None:
             return None
-        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-            expected = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number, {low:g} or more"
+        if type(value) not in (int, float) or not low <= value <= high:
+            expected = f"a number from {low:g} to {high:g}" if high < _LARGEST else f"a number, {low:g} or more"
             raise self.wrong(name, expected, value)
         return float(value)
 
