@@ -83,6 +83,10 @@ class Catalogue:
 
     def check(self, name: str) -> None:
         """Raise ConfigError for a name that a prefix may not have."""
+        if not name.isprintable():
+            # Bytes that are no UTF-8 among them, with which no list of models could be sent.
+            expected = "a name of printable characters in UTF-8"
+            raise ConfigError(ascii(name), expected=expected, found="others", next_step="rename it")
         if name in self.reserved:
             raise ConfigError(
                 repr(name), expected="a name of its own", found="that of another model", next_step="rename it"

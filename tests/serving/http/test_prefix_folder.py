@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_names_that_are_taken_are_refused(session: Session, tmp_path: Path, capl
 
     looking(session, tmp_path, use)
     assert caplog.text.count("expected a name of its own; found that of another model") == 2
+
+
+def test_names_that_cannot_be_shown_are_refused_once(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("b\x1b", "line\n", os.fsdecode(b"\xff")):
+        save(prefix(), tmp_path / "good.safetensors")
+        (tmp_path / "good.safetensors").rename(tmp_path / f"{name}.safetensors")
+    save(prefix(), tmp_path / "good.safetensors")
+
+    async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
+        for _ in range(2):
+            await folder.look()
+        assert names(session, catalogue) == ["own", "good"]
+
+    looking(session, tmp_path, use)
+    assert caplog.text.count("expected a name of printable characters in UTF-8") == 3
 
 
 def test_what_is_no_prefix_file_is_left_alone(
