@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixkit.serving.http.catalogue import Model
 from prefixkit.serving.http.parameters import Parameters
@@ -39,17 +39,17 @@ class Asked:
     logprobs: int | None
 
     def requests(self, prompts: Sequence[str | Fields | tuple[int, ...]]) -> list[Request]:
-        """One request to the engine for each prompt."""
+        """One request to the engine for each prompt; equal prompts get answers of their own."""
         return [
             Request(
                 prompt=prompt,
                 prefix=self.model.prefix,
                 max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
+                sampling=replace(self.sampling, seed=self.sampling.seed + index),
                 stop=self.stop,
                 logprobs=self.logprobs,
             )
-            for prompt in prompts
+            for index, prompt in enumerate(prompts)
         ]
 
 

@@ -38,6 +38,11 @@ def test_the_likeliest_token_is_taken_whatever_else_would_be_left(client: Client
     assert engine.asked[0].sampling == Sampling(seed=2**64 - 1)
 
 
+def test_equal_prompts_are_drawn_apart(client: Client, engine: ScriptedEngine) -> None:
+    assert client.ask(COMPLETIONS, {**ASKED, "prompt": ["x"] * 3, "seed": -1})[0] == 200
+    assert [request.sampling.seed - 2**64 for request in engine.asked] == [-1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("prompt", "asked"),
     [
