@@ -81,7 +81,7 @@ def replicated(
     def build() -> Starlette:
         session = Session(folder, device=device, threads=threads)  # type: ignore[arg-type]
         engine = Engine(session, rows=rows, capacity=capacity, waiting=waiting)
-        limits = Limits(prompts=min(waiting, Limits.prompts))
+        limits = Limits(prompts=min(rows + waiting, Limits.prompts))
         return application(engine, prefixes=_folder(prefixes), limits=limits, api_key=_key(api_key))
 
     chosen = _deployment(rows, waiting, num_gpus, num_replicas, options or {})

@@ -54,8 +54,8 @@ def serve(
     from prefixkit.serving.http.server import bound, server
     from prefixkit.serving.session import Session
 
-    # A request of more prompts than may wait would be told for ever to come back.
-    limits = Limits(body=max_body, prompts=min(waiting, Limits.prompts), seconds=request_timeout or None)
+    # A request of more prompts than there is ever room for would be told for ever to come back.
+    limits = Limits(body=max_body, prompts=min(rows + waiting, Limits.prompts), seconds=request_timeout or None)
     with bound(host, port) as listening:
         session = Session(folder, device=device, threads=threads)  # type: ignore[arg-type]
         engine = Engine(session, rows=rows, capacity=capacity, waiting=waiting)

@@ -66,7 +66,7 @@ def test_a_process_serves_and_ends_well(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad\x1b.safetensors").write_text("x")
     session = Session(exported("gpt2").folder, device="cpu", threads=1)
     session.add_prefix("other", made)
-    with process(folder, "--prefixes", tmp_path, "--rows", 2, "--threads", 1) as (running, url, line):
+    with process(folder, "--prefixes", tmp_path, "--rows", 2, "--waiting", 1, "--threads", 1) as (running, url, line):
         assert line.startswith("serving own, gpt2-0, other on http://127.0.0.1:")
         assert running.stdout.readline().startswith(f"  curl {url}/v1/completions -H ")
         assert ask(f"{url}/health")[0] == 200
@@ -75,6 +75,8 @@ def test_a_process_serves_and_ends_well(folder: Path, tmp_path: Path) -> None:
             status, answer = ask(f"{url}/v1/completions", asked)
             expected = session.generate(["Blue Spice"], name, max_new_tokens=8)[0].text
             assert (status, answer["choices"][0]["text"]) == (200, expected)
+        status, answer = ask(f"{url}/v1/completions", {"model": "own", "prompt": ["x"] * 4})
+        assert (status, answer["error"]["message"]) == (400, "prompt: expected at most 3; found 4")
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)
     # A serving machine installs none of the heavy packages.
