@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from prefixkit.errors import ConfigError
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.http.app import application
+from prefixkit.serving.http.key import read_key
 from prefixkit.serving.http.limits import Limits
 from prefixkit.serving.session import Session
 from prefixkit.spelling import did_you_mean
@@ -71,12 +72,12 @@ def replicated(
         options: whatever else Ray Serve knows of a deployment, such as `autoscaling_config`; it wins.
 
     Raises:
-        ConfigError: an empty key. What is wrong with folders is told by the replicas, which have them.
+        ConfigError: a key that is empty or that no header can carry. What is wrong with folders is told by the
+            replicas, which have them.
     """
-    if api_key is not None and not api_key.strip():
-        raise ConfigError("app api_key", expected="a key", found="an empty one", next_step="leave it out to go without")
     # Replicas may run where this environment is not.
-    api_key, device = api_key or os.environ.get(KEY), device or ("cuda" if num_gpus else "auto")
+    api_key = read_key(api_key, "app api_key") or os.environ.get(KEY)
+    device = device or ("cuda" if num_gpus else "auto")
 
     def build() -> Starlette:
         session = Session(folder, device=device, threads=threads)  # type: ignore[arg-type]

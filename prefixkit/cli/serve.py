@@ -47,13 +47,15 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 4 * 2**20,
 ) -> None:
     """Answer HTTP requests as OpenAI's API does; `model` names a prefix."""
-    _check(prefixes, api_key)
+    _check(prefixes)
     from prefixkit.serving.engine import Engine
     from prefixkit.serving.http.app import application
+    from prefixkit.serving.http.key import read_key
     from prefixkit.serving.http.limits import Limits
     from prefixkit.serving.http.server import bound, server
     from prefixkit.serving.session import Session
 
+    api_key = read_key(api_key, "--api-key")
     # A request of more prompts than there is ever room for would be told for ever to come back.
     limits = Limits(body=max_body, prompts=min(rows + waiting, Limits.prompts), seconds=request_timeout or None)
     with bound(host, port) as listening:
@@ -67,15 +69,13 @@ def serve(
         server(app, lambda: _tell(app.state.service, listening)).run([listening])
 
 
-def _check(prefixes: Path | None, api_key: str | None) -> None:
+def _check(prefixes: Path | None) -> None:
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
         step = "pip install 'prefixkit[serve]'"
         raise ConfigError("serve", expected="the extra 'serve'", found=f"no {', '.join(missing)}", next_step=step)
     if prefixes is not None and not prefixes.is_dir():
         raise ConfigError("--prefixes", expected="a folder of prefix files", found=str(prefixes))
-    if api_key is not None and not api_key.strip():
-        raise ConfigError("--api-key", expected="a key", found="an empty one", next_step="leave it out to go without")
 
 
 def _is_loopback(listening: socket.socket) -> bool:

@@ -19,6 +19,7 @@ from prefixkit.serving.http.chat import chat
 from prefixkit.serving.http.completions import complete
 from prefixkit.serving.http.errors import HANDLED
 from prefixkit.serving.http.gate import Gate
+from prefixkit.serving.http.key import read_key
 from prefixkit.serving.http.limits import Limits
 from prefixkit.serving.http.prefix_folder import PrefixFolder
 from prefixkit.serving.http.service import Service, service_of
@@ -39,13 +40,16 @@ def application(
         prefixes: a folder whose prefix files are served too, and looked at again and again.
         local: answer only who calls this machine by a name of its own. A web page can give its address another name,
             and would be let in by the browser (DNS rebinding).
+
+    Raises:
+        ConfigError: a key that is empty or that no header can carry.
     """
     service = Service(
         session=engine.session,
         worker=Worker(engine),
         catalogue=Catalogue(engine.session.report, engine.session.tokenizer),
         limits=limits or Limits(),
-        api_key=api_key,
+        api_key=read_key(api_key, "api_key"),
         local=local,
     )
 
