@@ -52,6 +52,7 @@ def serve(
     from prefixkit.serving.http.app import application
     from prefixkit.serving.http.key import read_key
     from prefixkit.serving.http.limits import Limits
+    from prefixkit.serving.http.loopback import is_loopback
     from prefixkit.serving.http.server import bound, server
     from prefixkit.serving.session import Session
 
@@ -61,7 +62,7 @@ def serve(
     with bound(host, port) as listening:
         session = Session(folder, device=device, threads=threads)  # type: ignore[arg-type]
         engine = Engine(session, rows=rows, capacity=capacity, waiting=waiting)
-        open_to_all, local = api_key is None, _is_loopback(listening)
+        open_to_all, local = api_key is None, is_loopback(listening.getsockname()[0])
         app = application(engine, prefixes=prefixes, limits=limits, api_key=api_key, local=open_to_all and local)
         _log_to_stderr()
         if open_to_all and not local:
@@ -76,12 +77,6 @@ def _check(prefixes: Path | None) -> None:
         raise ConfigError("serve", expected="the extra 'serve'", found=f"no {', '.join(missing)}", next_step=step)
     if prefixes is not None and not prefixes.is_dir():
         raise ConfigError("--prefixes", expected="a folder of prefix files", found=str(prefixes))
-
-
-def _is_loopback(listening: socket.socket) -> bool:
-    from ipaddress import ip_address
-
-    return ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _tell(service: Service, listening: socket.socket) -> None:

@@ -8,11 +8,12 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixkit.serving.http.errors import CLIENT_GONE, ApiError
+from prefixkit.serving.http.loopback import is_loopback
 from prefixkit.serving.http.service import Service
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 _MODEL = "/v1/models/"
-_PORT = re.compile(rb":\d+$")
+_PORT = re.compile(r":\d+$")
 
 
 class Gate:
@@ -48,7 +49,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         if scope["path"] == "/health":
             return None
-        if self._service.local and not _is_local(_header(scope, b"host")):
+        if self._service.local and not is_loopback(_PORT.sub("", _header(scope, b"host").decode("latin-1"))):
             return ApiError(403, "Host: expected localhost; serve with an API key to be called by other names")
         if self._service.api_key is not None and not _shows(scope, self._service.api_key):
             message = "expected the API key, as `Authorization: Bearer KEY`"
@@ -68,10 +69,6 @@ def _shows(scope: Scope, key: str) -> bool:
 def _header(scope: Scope, wanted: bytes) -> bytes:
     found: bytes = next((value for name, value in scope["headers"] if name == wanted), b"")
     return found
-
-
-def _is_local(host: bytes) -> bool:
-    return _PORT.sub(b"", host).lower() in (b"localhost", b"127.0.0.1", b"[::1]")
 
 
 def _route(path: str) -> str:

@@ -47,8 +47,10 @@ def test_with_the_key_all_is_open_and_health_without(locked: Client) -> None:
 
 def test_other_names_of_this_machine_are_refused_where_nobody_shows_a_key(engine: ScriptedEngine) -> None:
     with serving(engine, local=True) as client:
-        for host, status in [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("evil.example", 403)]:
-            assert client.ask("/v1/models", headers={"Host": host})[0] == status
+        for host in ("localhost:1", "127.0.0.1", "127.0.0.2:8000", "[::1]:8000", "LocalHost"):
+            assert client.ask("/v1/models", headers={"Host": host})[0] == 200
+        for host in ("evil.example", "127.0.0.1.evil.example:80", "10.0.0.1", "[::2]:1", "localhost.evil.example", ""):
+            assert client.refusal("/v1/models", headers={"Host": host})[0] == 403
         assert client.refusal(COMPLETIONS, ASKED, headers={"Host": "evil.example:8000"})[0] == 403
     assert engine.asked == []
 
