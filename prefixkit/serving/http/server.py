@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from prefixkit.errors import ConfigError
+from prefixkit.serving.http import connection
+from prefixkit.serving.http.connection import Connection
 from prefixkit.serving.http.service import Service
-
-_KEEP_ALIVE = 30
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -37,14 +38,14 @@ def server(app: Starlette, started: Callable[[], None]) -> DrainingServer:
     """A server of `app`, to `run` with a list of sockets; it calls `started` when it answers requests."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         loop="asyncio",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_keep_alive=math.ceil(connection.SECONDS),
         # The grace is over by then: what still runs is cancelled.
         timeout_graceful_shutdown=1,
     )
