@@ -46,6 +46,12 @@ class Connection(H11Protocol):
         self._rest()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Close what is idle, and what sends a request that is not whole."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:
+            self.transport.close()
+
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:

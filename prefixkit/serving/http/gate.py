@@ -5,9 +5,10 @@ from __future__ import annotations
 import hmac
 import re
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixkit.serving.http.errors import CLIENT_GONE, ApiError
+from prefixkit.serving.http.exchange import Exchange
 from prefixkit.serving.http.loopback import is_loopback
 from prefixkit.serving.http.service import Service
 
@@ -26,25 +27,21 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = CLIENT_GONE
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        self._service.active += 1
+        exchange = Exchange(receive, send, self._begin)
         try:
             refusal = self._refusal(scope)
-            await (self._app if refusal is None else refusal.response())(scope, receive, sending)
+            await (self._app if refusal is None else refusal.response())(scope, exchange.receive, exchange.send)
         except Exception:
             # Starlette answers it further out.
-            status = 500 if status == CLIENT_GONE else status
+            exchange.status = exchange.status or 500
             raise
         finally:
-            self._service.active -= 1
+            self._service.active -= exchange.whole
+            status = exchange.status or CLIENT_GONE
             self._service.metrics.requests.labels(_route(scope["path"]), str(status)).inc()
+
+    def _begin(self) -> None:
+        self._service.active += 1
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if scope["path"] == "/health":

@@ -23,7 +23,7 @@ class Service:
         api_key: what requests must show; None where they need not.
         local: whether requests must call this machine by a name of its own.
         draining: whether it finishes what it has and takes nothing new.
-        active: requests that have no whole response yet.
+        active: requests that have been read, and have no whole response yet.
     """
 
     session: Session

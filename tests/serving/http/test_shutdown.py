@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -48,6 +49,21 @@ def test_what_runs_finishes_and_what_is_new_is_refused(client: Client) -> None:
 def test_a_server_without_work_ends_at_once(client: Client) -> None:
     tell(client)
     eventually(lambda: is_closed(client))
+
+
+def test_half_a_request_is_not_waited_for(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prefixkit.serving.http.body.SECONDS", 1000)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with serving(engine, limits=Limits(grace=1000)) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=30) as half:
+            half.sendall(head.encode() + b"{")
+            eventually(lambda: bool(client.server.server_state.tasks))
+            tell(client)
+            assert half.recv(100) == b""
+        eventually(lambda: is_closed(client))
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("signals", [1, 2])
