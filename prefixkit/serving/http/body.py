@@ -47,7 +47,7 @@ async def _read(request: Request, most: int) -> bytes:
 
 
 def _too_large(most: int) -> ApiError:
-    # What is left of the body is not read, so the connection cannot be used again.
+    # How much is left of the body nobody knows, so the connection is not used again.
     return ApiError(413, f"the body has more than {most:,} bytes", headers={"Connection": "close"})
 
 

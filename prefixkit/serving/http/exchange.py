@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
+
+SECONDS = 30.0
+"""For the rest of a request that is answered already."""
+
+_MOST = 64 * 2**20
+"""Bytes of it."""
 
 
 class Exchange:
@@ -15,9 +23,10 @@ class Exchange:
         whole: whether all of the request has been read.
     """
 
-    def __init__(self, receive: Receive, send: Send, arrived: Callable[[], None]) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, arrived: Callable[[], None]) -> None:
         """Call `arrived` when the request is whole."""
         self._receive, self._send, self._arrived = receive, send, arrived
+        self._has_body = _has_body(scope)
         self.status: int | None = None
         self.whole = False
 
@@ -31,4 +40,27 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        elif self._has_body and not self.whole and not message.get("more_body", False):
+            # Closed while there is something to read, the connection would be reset, and the answer lost with it.
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
         await self._send(message)
+
+    async def _discard(self) -> None:
+        """Read the rest of the request, within limits (RFC 9112, section 9.6)."""
+        left = _MOST
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS):
+                while left > 0 and not self.whole:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    left -= len(message.get("body", b""))
+
+
+def _has_body(scope: Scope) -> bool:
+    """Whether more than a head is on its way; whoever expects to be told to go on sends it then only."""
+    headers = dict(scope["headers"])
+    sends = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+    return sends and b"expect" not in headers

@@ -27,7 +27,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(receive, send, self._begin)
+        exchange = Exchange(scope, receive, send, self._begin)
         try:
             refusal = self._refusal(scope)
             await (self._app if refusal is None else refusal.response())(scope, exchange.receive, exchange.send)
