@@ -171,8 +171,17 @@ def _usage(completions: Sequence[Completion]) -> dict[str, int]:
 
 
 def _json(document: dict[str, Any]) -> Response:
-    return Response(json.dumps(document, ensure_ascii=False), media_type="application/json")
+    return Response(_encoded(document), media_type="application/json")
 
 
 def _event(document: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
+    return f"data: {_encoded(document)}\n\n".encode()
+
+
+def _encoded(document: dict[str, Any]) -> str:
+    """As JSON, which knows no NaN and no infinity. Raises ApiError 500 for log-probabilities that are such."""
+    try:
+        return json.dumps(document, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        message = "the model gave log-probabilities that are no finite numbers; ask without them"
+        raise ApiError(500, message, param="logprobs", code="not_finite", kind="server_error") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 from collections.abc import Iterator
 
@@ -9,6 +11,7 @@ import pytest
 
 from prefixkit.errors import ConfigError
 from prefixkit.serving.http.limits import Limits
+from prefixkit.serving.request import TokenScore
 from prefixkit.serving.worker import FAILURES
 from tests.serving.http.client import Client, eventually, serving
 from tests.serving.scripted_engine import ENDLESS, ScriptedEngine
@@ -133,6 +136,19 @@ def test_a_fault_of_ours_is_told_without_details(
     status, error = client.refusal(COMPLETIONS, ASKED)
     assert (status, error["message"], error["type"]) == (500, "internal error", "server_error")
     eventually(lambda: client.metric('prefixkit_requests_total{route="/v1/completions",status="500"}') == 1)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf])
+def test_what_is_no_number_is_told_and_not_sent(
+    client: Client, monkeypatch: pytest.MonkeyPatch, logprob: float
+) -> None:
+    monkeypatch.setattr("tests.serving.scripted_engine.TokenScore", lambda *_: TokenScore(0, "x", logprob))
+    status, error = client.refusal(COMPLETIONS, {**ASKED, "logprobs": 0})
+    assert (status, error["code"], error["param"]) == (500, "not_finite", "logprobs")
+    with client.send(COMPLETIONS, {**ASKED, "logprobs": 0, "stream": True}) as response:
+        (event, _) = response.read().decode().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "not_finite"
+    assert client.ask(COMPLETIONS, ASKED)[0] == 200
 
 
 @pytest.mark.parametrize("wrong", [{"body": 0}, {"seconds": 0}, {"seconds": -1.0}])
