@@ -37,7 +37,7 @@ def export(
         str,
         typer.Option(help="portable: one graph that every ONNX runtime knows; cuda: graphs for `prefixkit serve`."),
     ] = "portable",
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float16; bfloat16 for --target cuda.")] = "float32",
     baked: Annotated[bool, typer.Option("--baked", help="Put the prefix into the graph, for any runtime.")] = False,
     weights: Annotated[
         str | None,
@@ -117,8 +117,11 @@ def _show(exported: Exported, as_json: bool) -> None:
 def _next(folder: Path) -> str:
     from prefixkit.serving.report import read_report
 
-    if read_report(folder).reader is not None:
+    report = read_report(folder)
+    if report.reader is not None:
         return f'prefixkit.serving.reader.Reader("{folder}") in Python'
+    if report.buffered is not None:
+        return f"prefixkit serve {folder}"
     return f'prefixkit generate {folder} --prompt "…"'
 
 

@@ -5,7 +5,8 @@ stand in one batch without padding between. What lies behind a row's newest toke
 
 - `scattered`: TensorScatter and Attention of opset 24 (ONNX 1.19), for any number of new tokens; layers with a sliding
   window or a soft cap are given a mask.
-- `grouped`: onnxruntime's GroupQueryAttention, which writes and attends in one; for one new token a row.
+- `grouped`: onnxruntime's GroupQueryAttention, which writes and attends in one, to the used slots alone; for one new
+  token a row, or any number in a single row.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _grouped(
     keys, values = where.buffers[layer]
     found, *written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (query, key, value, keys, values, where.index.to(torch.int32), _capacity(keys)),
+        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys)),
         {
             "num_heads": heads,
             "kv_num_heads": kv_heads,

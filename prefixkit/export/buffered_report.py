@@ -28,6 +28,6 @@ def buffered_parts(decoder: Decoder) -> dict[str, Any]:
             "stands on the right, and what is written for it is written over by the next pass",
             "positions": "position_ids count a row's real tokens from 0; behind a prefix, from its text_start",
             "prefix": "place.onnx writes [kv_heads, length, head_dim] a layer to slots 0, 1, …; write_index goes on",
-            "decode": "decode.onnx takes one token a row",
+            "decode": "decode.onnx takes one token a row, or any number of a single row",
         },
     }

@@ -37,19 +37,19 @@ def trace_buffered(model: PreTrainedModel, geometry: Sequence[LayerGeometry], fo
     """The graph of a decoder that writes into buffers; see `prefixkit.export.buffered_wrapper`.
 
     Args:
-        form: `scattered` takes any number of tokens a row, `grouped` takes one.
+        form: `scattered` takes any number of tokens a row, `grouped` takes one, or any number in a single row.
     """
-    one, layers = form == "grouped", len(geometry)
+    layers = len(geometry)
     names = [name for name in INPUTS.values() if "%d" not in name]
     past, present = (list(per_layer(each, which, layers)) for each, which in ((INPUTS, "past"), (OUTPUTS, "present")))
-    example = (*(_numbers(name, one, model) for name in names), _buffers(geometry, model, _CAPACITY))
+    example = (*(_numbers(name, model) for name in names), _buffers(geometry, model, _CAPACITY))
     graph = graph_of(
         BufferedDecoder(model, form),
         example,
-        (*(_dynamic(name, one) for name in names), [_dynamic("", one)] * len(past)),
+        (*(_dynamic(name) for name in names), [_dynamic("")] * len(past)),
         inputs=[*names, *past],
         outputs=[OUTPUTS["logits"], OUTPUTS["token"], *present],
-        shape=lambda value: _shape(value, one),
+        shape=_shape,
         opset=OPSET,
         translations={**TRANSLATIONS, **WHOLE},
     )
@@ -66,10 +66,10 @@ def trace_place(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> ir
     return graph_of(
         _Place(),
         (_buffers(geometry, model, _CAPACITY), _buffers(geometry, model, _PREFIX)),
-        ([_dynamic("", False)] * len(past), [_dynamic(GIVEN_PREFIX, False)] * len(past)),
+        ([_dynamic("")] * len(past), [_dynamic(GIVEN_PREFIX)] * len(past)),
         inputs=[*past, *prefix_names(layers)],
         outputs=present,
-        shape=lambda value: _shape(value, False),
+        shape=_shape,
         opset=OPSET,
         translations=TRANSLATIONS,
     )
@@ -99,8 +99,8 @@ class _Place(nn.Module):
         return tuple(tensor_scatter(buffer, new, index) for buffer, new in zip(buffers, prefix, strict=True))
 
 
-def _numbers(name: str, one: bool, model: PreTrainedModel) -> Tensor:
-    sizes = [1 if one and size == _SEQ else _SIZES[size] for size in _DIMENSIONS[name] if size is not None]
+def _numbers(name: str, model: PreTrainedModel) -> Tensor:
+    sizes = [_SIZES[size] for size in _DIMENSIONS[name] if size is not None]
     return torch.zeros(sizes, dtype=torch.long, device=model.device)
 
 
@@ -110,19 +110,16 @@ def _buffers(geometry: Sequence[LayerGeometry], model: PreTrainedModel, length: 
     return [torch.zeros(_SIZES[_ROWS], heads, _SIZES[length], dim, **like) for heads, dim in shapes]
 
 
-def _named(name: str, one: bool) -> list[str | None]:
+def _named(name: str) -> tuple[str | None, ...]:
     """What the dimensions of an input or output are called; None for those that are fixed."""
-    named = _DIMENSIONS.get(name, _BUFFERS)
-    if name.startswith(GIVEN_PREFIX):
-        named = (_ROWS, None, _PREFIX, None)
-    return [None if one and size == _SEQ else size for size in named]
+    return (_ROWS, None, _PREFIX, None) if name.startswith(GIVEN_PREFIX) else _DIMENSIONS.get(name, _BUFFERS)
 
 
-def _dynamic(name: str, one: bool) -> dict[int, Any]:
-    return {at: _DIMS[size] for at, size in enumerate(_named(name, one)) if size is not None}
+def _dynamic(name: str) -> dict[int, Any]:
+    return {at: _DIMS[size] for at, size in enumerate(_named(name)) if size is not None}
 
 
-def _shape(value: ir.Value, one: bool) -> ir.Shape:
+def _shape(value: ir.Value) -> ir.Shape:
     assert value.name is not None
     assert value.shape is not None
-    return ir.Shape([name or size for name, size in zip(_named(value.name, one), value.shape, strict=True)])
+    return ir.Shape([name or size for name, size in zip(_named(value.name), value.shape, strict=True)])

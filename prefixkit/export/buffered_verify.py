@@ -20,7 +20,7 @@ from prefixkit.serving.report import read_report
 
 
 def verify_buffered(folder: Path, decoder: Decoder, injection: KeyValuePrefix | None) -> tuple[CaseResult, ...]:
-    """Run every case in onnxruntime and in PyTorch, on the CPU."""
+    """Run every case in onnxruntime and in PyTorch: on the CPU, but bfloat16, which needs a GPU."""
     report = read_report(folder)
     runtime = BufferedRuntime(report, device="auto" if report.dtype == "bfloat16" else "cpu")
     cases = free_cases(own_pair(report, injection, runtime.dtype), probe(decoder, runtime.dtype))

@@ -177,6 +177,9 @@ def _check_options(dtype: str, baked: bool, weights: str | None, prefix: object,
         raise ConfigError("--target", expected=" or ".join(DTYPES), found=repr(target))
     if dtype not in DTYPES[target]:
         raise ConfigError("--dtype", expected=" or ".join(DTYPES[target]), found=repr(dtype))
+    if target == "cuda" and weights == "inline":
+        step = "use external or checkpoint"
+        raise ConfigError("--weights", expected="one file for all graphs", found="inline", next_step=step)
     if weights is not None and weights not in WEIGHTS:
         raise ConfigError("--weights", expected=", ".join(WEIGHTS), found=repr(weights))
     if baked and prefix is None:

@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from prefixkit.backbones.deltas import changed
 from prefixkit.export.wrapper import takes_positions
 from prefixkit.injections import KeyValuePrefix, ParameterDelta
-from prefixkit.serving.generation import Batch
+from prefixkit.serving.one_batch import Batch
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.runtime import Runtime
 

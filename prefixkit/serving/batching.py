@@ -8,35 +8,40 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
-from prefixkit.serving.buffered_runtime import BufferedRuntime, Next
+from prefixkit.errors import InputError
+from prefixkit.serving.buffered_runtime import BufferedRuntime, Next, Rows
 from prefixkit.serving.generation import Piece, Prompt
-from prefixkit.serving.request import Progress, Request
+from prefixkit.serving.request import Progress
 from prefixkit.serving.sampling import Sampling
-from prefixkit.serving.writing_row import WritingRow
+from prefixkit.serving.writing_row import WritingRow, rows_of
 from prefixkit.task import ModelTokenizer
+
+PASS = 64
+"""What a pass costs by itself, in tokens: prompts are padded to stand together for as much."""
 
 
 class Batching:
-    """So many texts at once, of at most `capacity` slots each, and those that wait for a row.
+    """Texts in `rows`, and those that wait for one.
 
     Attributes:
         waiting: texts that have no row yet, in the order in which they get one.
     """
 
-    def __init__(self, runtime: BufferedRuntime, rows: int, capacity: int) -> None:
-        self._rows = runtime.rows(rows, capacity)
-        self.capacity = capacity
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self.waiting: deque[WritingRow] = deque()
-        self._writing: list[WritingRow | None] = [None] * rows
-        # What is recorded on a GPU has one size.
-        self._fixed = runtime.device == "cuda"
+        self._writing: list[WritingRow | None] = [None] * rows.count
 
     @property
     def running(self) -> int:
         """Texts that are being written."""
         return sum(row is not None for row in self._writing)
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody has."""
+        return len(self._writing) - self.running
 
     def cancel(self, number: int) -> None:
         """Forget a text. One that is unknown, or done, is ignored."""
@@ -55,25 +60,29 @@ class Batching:
     def _admit(self) -> list[int]:
         """Give rows to those who wait; gives the rows."""
         free = [row for row, one in enumerate(self._writing) if one is None][: len(self.waiting)]
-        for row in free:
-            self._writing[row] = self.waiting.popleft()
-            self._rows.begin(row, self._at(row).prompt.before)
+        # Prompts of like length beside each other: they are read together.
+        admitted = sorted((self.waiting.popleft() for _ in free), key=lambda one: len(one.prompt.ids))
+        for row, one in zip(free, admitted, strict=True):
+            self._writing[row] = one
+            self._rows.begin(row, one.prompt.before)
         return free
 
     def _passes(self, began: list[int]) -> Iterator[tuple[int, int]]:
-        """Ranges of neighbours among the rows that `began`, whose prompts fit when they are padded to the longest."""
+        """Ranges of neighbours among the rows that `began`, whose prompts are read together."""
         group: list[int] = []
         for row in began:
-            if group and (row != group[-1] + 1 or not self._fit([*group, row])):
+            if group and (row != group[-1] + 1 or not self._alike([*group, row])):
                 yield group[0], group[-1] + 1
                 group = []
             group.append(row)
         if group:
             yield group[0], group[-1] + 1
 
-    def _fit(self, rows: list[int]) -> bool:
-        longest = max(len(self._at(row).prompt.ids) for row in rows)
-        return int(self._rows.write_index[rows].max()) + longest <= self.capacity
+    def _alike(self, rows: list[int]) -> bool:
+        """Whether the prompts of `rows` fit, and waste little, when they are padded to the longest."""
+        lengths = [len(self._at(row).prompt.ids) for row in rows]
+        padding = len(rows) * max(lengths) - sum(lengths)
+        return padding <= PASS and int(self._rows.write_index[rows].max()) + max(lengths) <= self._rows.capacity
 
     def _read(self, rows: range) -> list[Progress]:
         """Read the prompts of rows that began."""
@@ -83,7 +92,7 @@ class Batching:
         """One token more of the rows that are `going`, in one pass over all up to the last of them."""
         if not going:
             return []
-        rows = range(len(self._writing)) if self._fixed else range(going[0], going[-1] + 1)
+        rows = range(len(self._writing)) if self._rows.whole else range(going[0], going[-1] + 1)
         newest = [self._at(row).written[-1:] if row in going else [] for row in rows]
         return self._advance(rows, self._rows.read(rows.start, newest), going)
 
@@ -110,13 +119,20 @@ class Batching:
 def write_in_buffers(
     runtime: BufferedRuntime, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Iterator[Piece]:
-    """Write every prompt, all at once; row i draws with the seed of `sampling` and i more."""
-    rows = []
-    for row, prompt in enumerate(prompts):
-        request = Request(prompt=tuple(prompt.ids), sampling=replace(sampling, seed=sampling.seed + row))
-        rows.append(WritingRow(row, request, prompt, tokenizer))
-    batch = Batching(runtime, len(rows), max(row.slots for row in rows))
-    batch.waiting.extend(rows)
-    while batch.waiting or batch.running:
-        for progress in batch.step():
+    """Write every prompt, all at once; row i draws with the seed of `sampling` and i more.
+
+    Raises:
+        InputError: no prompt, or more than there is memory for.
+    """
+    if not prompts:
+        raise InputError("prompts", expected="at least one", found="none")
+    texts = rows_of(prompts, tokenizer, sampling)
+    batching = Batching(runtime.rows(len(texts), max(text.slots for text in texts)))
+    batching.waiting.extend(texts)
+    return _until_done(batching)
+
+
+def _until_done(batching: Batching) -> Iterator[Piece]:
+    while batching.waiting or batching.running:
+        for progress in batching.step():
             yield Piece(progress.number, progress.text, progress.completion)

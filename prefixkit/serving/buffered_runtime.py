@@ -33,23 +33,36 @@ class BufferedRuntime:
         self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
         self.takes_positions = folder.takes_positions
         check_files(folder.folder, folder.files)
-        # One copy of the weights is enough: that of the graph which runs most.
-        self.prompts = Graph(folder.folder / folder.graph, device, threads, mapped=True)
         self.places = Graph(folder.folder / folder.buffered.place, device, threads)
+        self.device = self.places.device
+        if folder.dtype == "bfloat16" and self.device == "cpu":
+            step = "export with --dtype float32, or float16"
+            raise ConfigError(str(folder.folder), expected="a GPU for bfloat16", found="none", next_step=step)
+        # One copy of the weights is enough on a CPU: that of the graph which runs most.
+        self.prompts = Graph(folder.folder / folder.graph, device, threads, mapped=True)
         self._tokens = partial(Graph, folder.folder / folder.buffered.decode, device, threads)
-        self.device = self.prompts.device
         self._check(self.prompts)
 
-    def rows(self, count: int, capacity: int) -> Rows:
-        """Places for `count` texts of at most `capacity` slots each, prefixes included."""
-        return Rows(self, Buffers(self.layers, count, capacity, str(self.dtype), self.device))
+    def rows(self, count: int, capacity: int, *, whole: bool = False) -> Rows:
+        """Places for `count` texts of at most `capacity` slots each, prefixes included.
 
-    def tokens(self, rows: int, capacity: int) -> Graph:
-        """The graph that takes one token a row; on a GPU, one for so many rows in every pass, which is recorded."""
-        return self._tokens(fixed={"rows": rows, "capacity": capacity}) if self.device == "cuda" else self._of_any_rows
+        Args:
+            whole: they stay for long. On a GPU each pass of tokens is then over all of them, and recorded.
+
+        Raises:
+            ConfigError: more than there is memory for.
+        """
+        whole = whole and self.device == "cuda"
+        buffers = Buffers(self.layers, count, capacity, str(self.dtype), self.device)
+        return Rows(self, buffers, self.recorded(count, capacity) if whole else self.tokens, whole=whole)
+
+    def recorded(self, rows: int, capacity: int) -> Graph:
+        """The graph of tokens for passes of one size."""
+        return self._tokens(fixed={"rows": rows, "capacity": capacity, "sequence_length": 1})
 
     @cached_property
-    def _of_any_rows(self) -> Graph:
+    def tokens(self) -> Graph:
+        """The graph that takes one token a row, or any number of tokens of a single row."""
         graph = self._tokens()
         self._check(graph)
         return graph
@@ -81,15 +94,18 @@ class Rows:
     """Texts in progress.
 
     Attributes:
+        count, capacity: how many there are, and how many slots each has.
+        whole: whether a pass of one token is over all of them.
         write_index: [rows], the slot of each row's next token.
         positions: [rows], its position id.
     """
 
-    def __init__(self, runtime: BufferedRuntime, buffers: Buffers) -> None:
-        self.runtime, self.buffers = runtime, buffers
+    def __init__(self, runtime: BufferedRuntime, buffers: Buffers, tokens: Graph, *, whole: bool) -> None:
+        self.runtime, self.buffers, self.whole = runtime, buffers, whole
+        self.count, self.capacity = buffers.rows, buffers.capacity
         self.write_index, self.positions = np.zeros(buffers.rows, np.int64), np.zeros(buffers.rows, np.int64)
         self._ready: WeakKeyDictionary[ServedPrefix, list[Any]] = WeakKeyDictionary()
-        self._tokens = runtime.tokens(buffers.rows, buffers.capacity)
+        self._tokens = tokens
         self._passes: dict[tuple[int, int], Pass] = {}
 
     def begin(self, row: int, prefix: ServedPrefix | None) -> None:
@@ -110,10 +126,10 @@ class Rows:
         ids, real = padded(texts, left=False)
         counts = real.sum(-1)
         # What is written to a row that stays lies behind its text, or in a row that nobody has.
-        room = self.buffers.capacity - longest
+        room = self.capacity - longest
         index = np.where(counts, self.write_index[rows], np.minimum(self.write_index[rows], room))
         if int(index.max()) > room:
-            expected = f"texts that end within the capacity of {self.buffers.capacity} slots"
+            expected = f"texts that end within the capacity of {self.capacity} slots"
             raise ConfigError("capacity", expected=expected, found=f"{int(index.max()) + longest}")
         last = np.maximum(counts - 1, 0)
         positions = self.positions[rows, None] + np.minimum(np.arange(longest), last[:, None])
@@ -125,10 +141,12 @@ class Rows:
         return found
 
     def _pass(self, rows: slice, longest: int) -> Pass:
-        key = (rows.start, rows.stop)
-        some = self.runtime.device == "cuda" and key != (0, self.buffers.rows)
-        if longest > 1 or some:
-            return Pass(self.runtime.prompts, self.buffers, rows, longest)
+        """The work on so many tokens of `rows`, which for single tokens is kept."""
+        begin, end = key = rows.start, rows.stop
+        if longest > 1 or (self.whole and key != (0, self.count)):
+            # The graph of tokens looks at the used slots alone, but reads one prompt at a time.
+            alone = end - begin == 1 and not self.whole
+            return Pass(self._tokens if alone else self.runtime.prompts, self.buffers, rows, longest)
         if key not in self._passes:
             self._passes[key] = Pass(self._tokens, self.buffers, rows, longest)
         return self._passes[key]

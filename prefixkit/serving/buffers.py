@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.serving.buffer_names import INPUTS, OUTPUTS, prefix_names
 from prefixkit.serving.graph import Graph, per_layer
@@ -30,7 +31,12 @@ class Buffers:
     def __init__(self, layers: Sequence[LayerGeometry], rows: int, capacity: int, dtype: str, device: str) -> None:
         self.rows, self.capacity, self.device, self.dtype = rows, capacity, device, np.dtype(dtype)
         self._shapes = [(layer.kv_heads, capacity, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
-        self._values = [self._value((rows, *shape)) for shape in self._shapes]
+        try:
+            self._values = [self._value((rows, *shape)) for shape in self._shapes]
+        except Exception as error:  # numpy's MemoryError, or whatever onnxruntime raises for its device
+            row = self.bytes // rows >> 20
+            expected, step = f"memory for {rows} rows of {row:,} MiB each", "take fewer rows, or a smaller capacity"
+            raise ConfigError("buffers", expected=expected, found="not so much", next_step=step) from error
         self._past, self._present = (
             list(per_layer(names, which, len(layers))) for names, which in ((INPUTS, "past"), (OUTPUTS, "present"))
         )
@@ -62,10 +68,8 @@ class Buffers:
         return [self._from(np.ascontiguousarray(each[None])) for each in prefix.tensors]
 
     def _value(self, shape: tuple[int, ...]) -> Any:
-        if self.device == "cpu":
-            # Zeros, so that nothing unknown is multiplied by a weight of zero.
-            return self._from(np.zeros(shape, self.dtype))
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, self._element, self.device, 0)
+        # Zeros, so that nothing unknown is multiplied by a weight of zero.
+        return self._from(np.zeros(shape, self.dtype))
 
     @property
     def _element(self) -> Any:

@@ -9,6 +9,7 @@ from prefixkit.errors import ConfigError
 from prefixkit.serving.batching import Batching
 from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.generation import Prompt
+from prefixkit.serving.prompts import LEAST_NEW_TOKENS
 from prefixkit.serving.request import BusyError, Progress, Request
 from prefixkit.serving.session import Session
 from prefixkit.serving.writing_row import WritingRow
@@ -28,7 +29,7 @@ class Engine:
         """Make room for `rows` texts at once, of at most `capacity` slots each, prefixes included.
 
         Args:
-            waiting: how many requests may wait for a row.
+            waiting: how many requests may wait while no row is free.
 
         Raises:
             InputError: a folder whose graph has no buffers, or numbers below 1.
@@ -42,7 +43,8 @@ class Engine:
                 raise ConfigError(name, expected="1 or more", found=str(number))
         self.session, self.most_waiting = session, waiting
         self.capacity = capacity or min(session.report.backbone.context_length or CAPACITY, CAPACITY)
-        self._batching, self._numbers = Batching(session.runtime, rows, self.capacity), count()
+        self._batching = Batching(session.runtime.rows(rows, self.capacity, whole=True))
+        self._numbers = count()
 
     @property
     def waiting(self) -> int:
@@ -66,11 +68,13 @@ class Engine:
             BusyError: too many wait already.
             InputError: an unknown prefix, or a prompt that does not fit its task, the context or the capacity.
         """
-        if self.waiting >= self.most_waiting:
-            expected, found = f"fewer than {self.most_waiting} waiting", f"{self.waiting}"
+        most = self.most_waiting + self._batching.free
+        if self.waiting >= most:
+            expected, found = f"fewer than {most} waiting", f"{self.waiting}"
             raise BusyError("requests", expected=expected, found=found, next_step="ask again later")
         number = next(self._numbers)
-        row = WritingRow(number, request, self._prompt(request), self.session.tokenizer)
+        prompt, tokenizer = self._prompt(request), self.session.tokenizer
+        row = WritingRow(number, prompt, tokenizer, request.sampling, request.stop, request.logprobs)
         self._batching.waiting.append(row)
         return number
 
@@ -85,7 +89,7 @@ class Engine:
     def _prompt(self, request: Request) -> Prompt:
         prompt = self.session.prompt(request.prompt, request.prefix, "prompt", request.max_new_tokens)
         # The last token is written and never read.
-        room, least = self.capacity - prompt.slots + 1, request.max_new_tokens or 1
+        room, least = self.capacity - prompt.slots + 1, request.max_new_tokens or LEAST_NEW_TOKENS
         if room < least:
             expected = f"prefix, prompt and {least} new tokens in the {self.capacity} slots of a row"
             found, step = f"{prompt.slots} before the answer", "shorten it, or start with a larger --capacity"

@@ -1,17 +1,13 @@
-"""The generation loop: a batch of prompts, token by token, until each row has stopped."""
+"""What is to be written, and what was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Literal
 
-from prefixkit.errors import InputError
 from prefixkit.serving.pair_prefix import ServedPrefixes
-from prefixkit.serving.prefix_table import Array, ServedPrefix
-from prefixkit.serving.sampling import Sampler, Sampling
-from prefixkit.serving.streaming import TextStream
-from prefixkit.task import ModelTokenizer
+from prefixkit.serving.prefix_table import ServedPrefix
 
 Finish = Literal["stop", "length"]
 
@@ -49,7 +45,7 @@ class Completion:
     Attributes:
         text: without white space at either end.
         token_ids: what was written, without the stop token.
-        finish: `stop` after a stop token, `length` when the tokens allowed were used up.
+        finish: `stop` after a stop token or a stop text, `length` when the tokens allowed were used up.
         prompt_tokens: how many tokens the prompt had.
     """
 
@@ -66,80 +62,3 @@ class Piece:
     row: int
     text: str
     completion: Completion | None = None
-
-
-@dataclass
-class _Row:
-    """A row in progress."""
-
-    prompt: Prompt
-    sampler: Sampler
-    stream: TextStream
-    written: list[int] = field(default_factory=list)
-    text: str = ""
-    done: bool = False
-
-
-class Batch(Protocol):
-    """A batch in a runtime."""
-
-    def feed(self, rows: Sequence[Sequence[int]]) -> Array:
-        """Append token ids to each row and return their logits [batch, seq, vocab], padded on the left."""
-
-
-class AnyRuntime(Protocol):
-    """`prefixkit.serving.runtime.Runtime`, or that of an encoder-decoder."""
-
-    def begin(self, prefixes: Sequence[Any], texts: Sequence[Sequence[int]]) -> tuple[Batch, Sequence[Sequence[int]]]:
-        """A batch with a row for each prompt, and the token ids to feed it first."""
-
-
-def write(
-    runtime: AnyRuntime, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], sampling: Sampling
-) -> Iterator[Piece]:
-    """Write every prompt in one batch. A row that has stopped waits as padding until the others have.
-
-    Raises:
-        InputError: no prompt.
-    """
-    if not prompts:
-        raise InputError("prompts", expected="at least one", found="none")
-    rows = [
-        _Row(prompt, Sampler(sampling, index, prompt.ids), TextStream(tokenizer))
-        for index, prompt in enumerate(prompts)
-    ]
-    return _loop(runtime, rows)
-
-
-def _loop(runtime: AnyRuntime, rows: list[_Row]) -> Iterator[Piece]:
-    prompts = [row.prompt for row in rows]
-    decoding, fed = runtime.begin([prompt.prefix for prompt in prompts], [prompt.ids for prompt in prompts])
-    while True:
-        # Padding is on the left, so the last column is every row's newest token.
-        logits = decoding.feed(fed)[:, -1]
-        for index, row in enumerate(rows):
-            if not row.done:
-                yield _advance(row, index, row.sampler.choose(logits[index]))
-        if all(row.done for row in rows):
-            return
-        fed = [[] if row.done else row.written[-1:] for row in rows]
-
-
-def _advance(row: _Row, index: int, token: int) -> Piece:
-    if token in row.prompt.stop:
-        return _finish(row, index, "stop", "")
-    row.written.append(token)
-    text = "" if token in row.prompt.silent else row.stream.push(token)
-    row.text += text
-    if len(row.written) == row.prompt.max_new_tokens:
-        return _finish(row, index, "length", text)
-    return Piece(index, text)
-
-
-def _finish(row: _Row, index: int, finish: Finish, text: str) -> Piece:
-    rest = row.stream.finish()
-    row.done, row.text = True, row.text + rest
-    completion = Completion(
-        text=row.text, token_ids=tuple(row.written), finish=finish, prompt_tokens=len(row.prompt.ids)
-    )
-    return Piece(index, text + rest, completion)

@@ -61,7 +61,7 @@ class BufferedParts:
     """The graphs of a model that writes into buffers, beside the one that takes any number of tokens.
 
     Attributes:
-        decode: the file of the one that takes one token a row.
+        decode: the file of the one that takes one token a row, or any number of tokens of a single row.
         place: that of the one which puts a prefix at the beginning of rows.
     """
 
@@ -82,7 +82,7 @@ class ExportedFolder:
         reader: what the graph takes and gives where it reads and writes no text; None otherwise.
         buffered: the graphs beside `graph` where it writes into buffers; None otherwise.
         files: those files and what is beside them, as they were exported; none in reports of before they were listed.
-        dtype: of past and present, `float32` or `float16`.
+        dtype: of past and present, `float32`, `float16` or `bfloat16`.
         takes_positions: whether the graph has the input `position_ids`.
         prefix_file: the prefix beside the graph, relative to `folder`; None without one, or where it is baked.
         prefix: what the exported prefix says of itself, None for a bare backbone.

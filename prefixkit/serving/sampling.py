@@ -41,7 +41,9 @@ class Sampling:
         _require("--top-k", "1 or more", self.top_k, self.top_k is None or self.top_k >= 1)
         _require("--top-p", "above 0, at most 1", self.top_p, self.top_p is None or 0 < self.top_p <= 1)
         _require("--min-p", "from 0 to 1", self.min_p, self.min_p is None or 0 <= self.min_p <= 1)
-        _require("--repetition-penalty", "above 0", self.repetition_penalty, self.repetition_penalty > 0)
+        _require(
+            "--repetition-penalty", "from 0.01 to 100", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100
+        )
         _require("--seed", "0 or more", self.seed, self.seed >= 0)
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             found = "0, which takes the likeliest token whatever else is asked"
@@ -49,6 +51,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+_LIGHT = 1e-4
+"""Of the likeliest token's probability."""
 
 
 class Sampler:
@@ -79,14 +83,38 @@ class Sampler:
         return scores
 
     def _draw(self, scores: Array) -> int:
-        # Stable: equal scores keep the order of their ids on every machine.
-        order = np.argsort(-scores, kind="stable")[: self.sampling.top_k]
-        weights = np.exp(scores[order] - scores[order[0]])
-        if self.sampling.min_p is not None:
-            weights = weights[weights >= self.sampling.min_p]
-        cumulated = weights.cumsum()
-        if self.sampling.top_p is not None:
-            # The first token that reaches the sum is the last one kept.
-            cumulated = cumulated[: np.searchsorted(cumulated, self.sampling.top_p * cumulated[-1]) + 1]
+        weights = np.exp(scores)
+        kept = self._kept(weights)
+        cumulated = weights[kept].cumsum()
         drawn = self.random.random() * cumulated[-1]
-        return int(order[np.searchsorted(cumulated, drawn, side="right").clip(max=len(cumulated) - 1)])
+        return int(kept[np.searchsorted(cumulated, drawn, side="right").clip(max=len(cumulated) - 1)])
+
+    def _kept(self, weights: Array) -> Array:
+        """The tokens to draw from, of which the likeliest weighs 1."""
+        how, kept = self.sampling, np.arange(len(weights))
+        if how.min_p is not None:
+            kept = np.flatnonzero(weights >= how.min_p)
+        if how.top_k is not None:
+            kept = kept[likeliest(weights[kept], how.top_k)]
+        if how.top_p is not None:
+            kept = _nucleus(weights, kept, how.top_p)
+        return kept
+
+
+def likeliest(scores: Array, count: int) -> Array:
+    """The places of the `count` largest of `scores` [vocab], largest first; equal ones in order, on every machine."""
+    places = np.arange(len(scores))
+    if 0 < count < len(scores):
+        places = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    return places[np.argsort(-scores[places], kind="stable")][:count]
+
+
+def _nucleus(weights: Array, kept: Array, share: float) -> Array:
+    """Of the tokens `kept`, the likeliest that hold this `share` of their weight together."""
+    wanted = share * weights[kept].sum()
+    # Few hold nearly all of it: the others need not be sorted.
+    heavy = kept[weights[kept] >= _LIGHT]
+    heavy = heavy if weights[heavy].sum() >= wanted else kept
+    ordered = heavy[likeliest(weights[heavy], len(heavy))]
+    # The first token that reaches the sum is the last one kept.
+    return ordered[: np.searchsorted(weights[ordered].cumsum(), wanted) + 1]

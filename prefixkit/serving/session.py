@@ -12,7 +12,8 @@ from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix, load, matches
 from prefixkit.serving.batching import write_in_buffers
 from prefixkit.serving.buffered_runtime import BufferedRuntime
-from prefixkit.serving.generation import Completion, Piece, Prompt, write
+from prefixkit.serving.generation import Completion, Piece, Prompt
+from prefixkit.serving.one_batch import write
 from prefixkit.serving.pair_prefix import ServedPrefixes, served_prefixes
 from prefixkit.serving.pair_runtime import PairRuntime
 from prefixkit.serving.prefix_table import ServedPrefix, served

@@ -54,7 +54,8 @@ class OurScatteredEngine(OurEngine):
         sizes = {"rows": work.rows, "capacity": work.capacity, "sequence_length": 1}
         fixed = sizes if runtime.device == "cuda" else None
         graph = Graph(report.folder / report.graph, runtime.device, work.threads, fixed=fixed)  # type: ignore[arg-type]
-        runtime.tokens = lambda rows, capacity: graph  # type: ignore[method-assign]
+        runtime.tokens = graph
+        runtime.recorded = lambda rows, capacity: graph  # type: ignore[method-assign]
         super().begin()
 
 

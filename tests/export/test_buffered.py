@@ -22,7 +22,7 @@ from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.injections import KeyValuePrefix, key_value_prefix
 from prefixkit.prefix import Prefix
 from prefixkit.serving import buffers
-from prefixkit.serving.buffered_runtime import BufferedRuntime
+from prefixkit.serving.buffered_runtime import BufferedRuntime, Rows
 from prefixkit.serving.prefix_table import Array, ServedPrefix, served
 from prefixkit.serving.report import read_report
 from tests.architectures import CONFIGS, WINDOW, tiny
@@ -222,17 +222,32 @@ def test_bfloat16_is_verified_by_its_twin_where_it_cannot_run(tmp_path: Path) ->
 
 def test_a_graph_of_one_size_says_the_same() -> None:
     """As on a GPU, where a pass over all rows is recorded."""
-    folder = exported("llama", target="cuda").folder
-    runtime = BufferedRuntime(read_report(folder), device="cpu", threads=1)
+    runtime = BufferedRuntime(read_report(exported("llama", target="cuda").folder), device="cpu", threads=1)
+    recorded = runtime.recorded(2, 24)
+    assert all(isinstance(size, int) for one in recorded.session.get_inputs() for size in one.shape)
     found = []
-    for graph in (runtime.tokens(2, 24), runtime._tokens(fixed={"rows": 2, "capacity": 24})):
-        rows = runtime.rows(2, 24)
-        rows._tokens = graph
+    for graph in (runtime.tokens, recorded):
+        rows = Rows(runtime, runtime.rows(2, 24).buffers, graph, whole=graph is recorded)
         rows.read(0, [[5, 6, 7], [8]])
+        rows.read(1, [[11, 12]])
+        rows.read(0, [[13]])
         found.append(rows.read(0, [[9], [10]]).logits)
-    assert all(isinstance(size, int) for one in graph.session.get_inputs() for size in one.shape)
     assert np.abs(found[0] - found[1]).max() <= 1e-5
     assert np.abs(found[0][0] - found[0][1]).max() > EFFECT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral_window"])
+def test_a_single_row_reads_its_prompt_as_a_batch_does(family: str) -> None:
+    runtime = BufferedRuntime(read_report(exported(family, target="cuda").folder), device="cpu", threads=1)
+    identity = load_backbone(backbone(family)).identity
+    prefix = served(random_prefix(identity, length=9, task=None), runtime.dtype)
+    prompt, found = list(range(5, 35)), []
+    for count in (1, 2):
+        rows = runtime.rows(count, 64)
+        rows.begin(0, prefix)
+        rows.read(0, [prompt[:3]] * count)
+        found.append(rows.read(0, [prompt[3:]] * count).logits[0])
+    assert np.abs(found[0] - found[1]).max() <= 1e-5
 
 
 def test_windows_narrower_than_a_text_are_kept() -> None:

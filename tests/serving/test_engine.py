@@ -12,10 +12,11 @@ import torch
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, InputError, MismatchError
 from prefixkit.injections import key_value_prefix
+from prefixkit.serving.buffered_runtime import Rows
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.generation import Completion
 from prefixkit.serving.request import BusyError, Progress, Request
-from prefixkit.serving.sampling import Sampling
+from prefixkit.serving.sampling import Sampler, Sampling
 from prefixkit.serving.session import OWN, Session
 from prefixkit.task import encode_prompt, load_tokenizer, stop_ids
 from tests.exported import TASK, backbone, exported, random_prefix
@@ -137,6 +138,37 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(session: Session) -> None:
     assert "".join(piece.text for piece in pieces) == completion.text
 
 
+def test_stop_texts_of_white_space_are_met(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(session, rows=1, capacity=80)
+    tokens = [session.tokenizer.encode_text(text) for text in ("the blue", "\n", "eagle")]
+    written = iter([token for piece in tokens for token in piece])
+    monkeypatch.setattr(Sampler, "choose", lambda *_: next(written))
+    asked = Request(prompt="x", max_new_tokens=20, stop=("\n",), sampling=Sampling(temperature=1.0))
+    completion = answer(engine, asked)
+    assert (completion.text, completion.finish) == ("the blue", "stop")
+
+
+def test_prompts_are_read_with_those_of_like_length(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[list[int]] = []
+    read = Rows.read
+
+    def noted(rows: Rows, first: int, texts: Any) -> Any:
+        passes.append([len(text) for text in texts])
+        return read(rows, first, texts)
+
+    monkeypatch.setattr(Rows, "read", noted)
+    engine = Engine(session, rows=4, capacity=120)
+    for length in (3, 60, 5, 4):
+        engine.submit(Request(prompt=(7,) * length, max_new_tokens=2))
+    engine.step()
+    assert passes == [[3, 4, 5], [60]]
+
+
+def test_too_large_buffers_are_told_in_a_line(session: Session) -> None:
+    with pytest.raises(ConfigError, match=r"buffers: expected memory for 1000000 rows of [1-9][0-9,]* MiB each"):
+        Engine(session, rows=10**6, capacity=10**6)
+
+
 def test_what_is_cancelled_makes_room(session: Session) -> None:
     engine = Engine(session, rows=1, capacity=80)
     first = engine.submit(Request(prompt=PROMPTS[0], max_new_tokens=20))
@@ -152,12 +184,17 @@ def test_what_is_cancelled_makes_room(session: Session) -> None:
 
 
 def test_as_many_wait_as_may(session: Session) -> None:
-    engine = Engine(session, rows=1, capacity=80, waiting=2)
-    for _ in range(2):
+    engine = Engine(session, rows=2, capacity=80, waiting=1)
+    for _ in range(3):
         engine.submit(Request(prompt="x", max_new_tokens=2))
-    with pytest.raises(BusyError, match="expected fewer than 2 waiting"):
+    with pytest.raises(BusyError, match="expected fewer than 3 waiting"):
         engine.submit(Request(prompt="x", max_new_tokens=2))
     engine.step()
+    assert (engine.running, engine.waiting) == (2, 1)
+    with pytest.raises(BusyError, match="expected fewer than 1 waiting"):
+        engine.submit(Request(prompt="x", max_new_tokens=2))
+    engine.step()
+    assert (engine.running, engine.waiting) == (0, 1)
     engine.submit(Request(prompt="x", max_new_tokens=2))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixkit.serving.streaming import TextStream
+from prefixkit.serving.streaming import TextStream, Trimmed
 from tests.small_tokenizer import small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -14,8 +14,8 @@ TEXTS = ["Blue Spice is a pub .", "  naïve café 日本語 🦜🏽 ok  ", "\n\
 
 
 def pieces(ids: list[int]) -> list[str]:
-    stream = TextStream(TOKENIZER)
-    return [*(stream.push(token) for token in ids), stream.finish()]
+    stream, trimmed = TextStream(TOKENIZER), Trimmed()
+    return [*(trimmed.push(stream.push(token)) for token in ids), trimmed.push(stream.finish())]
 
 
 @pytest.mark.parametrize("text", TEXTS)
