@@ -75,7 +75,9 @@ def test_a_process_serves_and_ends_well(folder: Path, tmp_path: Path) -> None:
             status, answer = ask(f"{url}/v1/completions", asked)
             expected = session.generate(["Blue Spice"], name, max_new_tokens=8)[0].text
             assert (status, answer["choices"][0]["text"]) == (200, expected)
-        status, answer = ask(f"{url}/v1/completions", {"model": "own", "prompt": ["x"] * 4})
+        asked = {"model": "own", "prompt": ["x"] * 3, "max_tokens": 2}
+        assert ask(f"{url}/v1/completions", asked)[0] == 200
+        status, answer = ask(f"{url}/v1/completions", {**asked, "prompt": ["x"] * 4})
         assert (status, answer["error"]["message"]) == (400, "prompt: expected at most 3; found 4")
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)

@@ -107,6 +107,12 @@ def test_where_there_is_no_room_clients_are_told_to_come_back(client: Client, en
     assert client.ask(COMPLETIONS, ASKED)[0] == 200
 
 
+def test_there_is_room_for_what_is_written_and_what_waits(served: Client) -> None:
+    # Three rows, and eight that wait.
+    assert served.ask(COMPLETIONS, {**ASKED, "prompt": ["x"] * 11})[0] == 200
+    assert served.refusal(COMPLETIONS, {**ASKED, "prompt": ["x"] * 12})[0] == 429
+
+
 def test_a_failing_engine_is_told_and_survived(client: Client, engine: ScriptedEngine) -> None:
     engine.failures = 1
     status, error = client.refusal(COMPLETIONS, ASKED)
