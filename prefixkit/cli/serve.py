@@ -35,7 +35,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="Prompts written side by side.")] = 8,
     capacity: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a row may have, prefix and all. [the model's context]")
+        int | None,
+        typer.Option(min=1, help="Tokens of a row, prefix and all. [the context, at most 2048]"),
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more are refused.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

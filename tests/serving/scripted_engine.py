@@ -24,7 +24,7 @@ class ScriptedEngine:
 
     def __init__(self, session: Any = None, *, rows: int = 2, waiting: int = 2) -> None:
         self.session = session or SimpleNamespace(prefixes={})
-        self.rows, self.most_waiting = rows, waiting
+        self.rows, self.most_waiting, self.capacity = rows, waiting, 64
         self.seconds, self.failures = 0.001, 0
         self.asked: list[Request] = []
         self.cancelled: list[int] = []

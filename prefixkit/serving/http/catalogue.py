@@ -123,5 +123,9 @@ def _conversation(tokenizer: ModelTokenizer) -> TaskRecord | None:
 def _prefix_card(manifest: Manifest | None) -> dict[str, Any] | None:
     if manifest is None:
         return None
-    lengths = [record.length for record in manifest.injections if record.length is not None]
-    return {"method": manifest.provenance.method, "length": max(lengths, default=0), "content": manifest.content}
+    return {"method": manifest.provenance.method, "length": length_of(manifest), "content": manifest.content}
+
+
+def length_of(manifest: Manifest) -> int:
+    """Slots that a prefix takes of a row."""
+    return max((record.length for record in manifest.injections if record.length is not None), default=0)

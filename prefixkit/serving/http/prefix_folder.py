@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from prefixkit.errors import PrefixkitError
-from prefixkit.prefix import load
+from prefixkit.prefix import Prefix, load
 from prefixkit.serving.delivery import EngineError
-from prefixkit.serving.http.catalogue import Catalogue
+from prefixkit.serving.engine import Engine
+from prefixkit.serving.http.catalogue import Catalogue, length_of
 from prefixkit.serving.worker import Worker
 
 SECONDS = 1.0
@@ -75,7 +76,7 @@ class PrefixFolder:
         try:
             self._catalogue.check(name)
             prefix = await asyncio.to_thread(load, path)
-            await self._worker.call(lambda engine: engine.session.add_prefix(name, prefix))
+            capacity = await self._worker.call(lambda engine: _add(engine, name, prefix))
         except EngineError:
             raise
         except (PrefixkitError, OSError) as error:
@@ -84,6 +85,9 @@ class PrefixFolder:
         self._served.add(name)
         self._catalogue.add(name, prefix.manifest)
         _log.info("prefix %s %s", name, "replaced" if known else "added")
+        if (length := length_of(prefix.manifest)) >= capacity:
+            told = "prefix %s has %d slots, and a row %d: every request is refused; start with a larger --capacity"
+            _log.warning(told, name, length, capacity)
 
     async def _drop(self, name: str) -> None:
         del self._seen[name]
@@ -93,6 +97,12 @@ class PrefixFolder:
             self._catalogue.drop(name)
             await self._worker.call(lambda engine: engine.session.drop_prefix(name))
             _log.info("prefix %s dropped", name)
+
+
+def _add(engine: Engine, name: str, prefix: Prefix) -> int:
+    """Gives the slots that a row has."""
+    engine.session.add_prefix(name, prefix)
+    return engine.capacity
 
 
 def _stamps(folder: Path) -> dict[str, _Stamp]:

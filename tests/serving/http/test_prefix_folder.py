@@ -117,6 +117,21 @@ def test_a_prefix_of_another_backbone_is_refused(
     assert "weights" in caplog.text
 
 
+def test_a_prefix_that_leaves_no_room_is_warned_of(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(prefix(length=63), tmp_path / "short.safetensors")
+    save(prefix(length=64), tmp_path / "long.safetensors")
+
+    async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
+        await folder.look()
+        assert names(session, catalogue) == ["own", "long", "short"]
+
+    looking(session, tmp_path, use)
+    (told,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith("prefix long has 64 slots, and a row 64: every request is refused; ")
+
+
 def test_names_that_are_taken_are_refused(session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = session.prefixes["own"]
     save(prefix(), tmp_path / "own.safetensors")
