@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,8 +77,16 @@ def _check(prefixes: Path | None) -> None:
     if missing:
         step = "pip install 'prefixkit[serve]'"
         raise ConfigError("serve", expected="the extra 'serve'", found=f"no {', '.join(missing)}", next_step=step)
-    if prefixes is not None and not prefixes.is_dir():
-        raise ConfigError("--prefixes", expected="a folder of prefix files", found=str(prefixes))
+    if prefixes is not None:
+        _list(prefixes)
+
+
+def _list(prefixes: Path) -> None:
+    try:
+        os.scandir(prefixes).close()
+    except OSError as error:
+        found = f"{prefixes}: {error.strerror}"
+        raise ConfigError("--prefixes", expected="a folder of prefix files", found=found) from error
 
 
 def _tell(service: Service, listening: socket.socket) -> None:

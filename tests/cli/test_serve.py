@@ -124,6 +124,19 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path, capfd: p
             assert err.startswith(f"prefixkit: {message}")
 
 
+def test_a_folder_that_cannot_be_listed_is_told_at_once(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As whoever runs the tests may read everything.
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("prefixkit.cli.serve.os.scandir", refuse)
+    assert run(["serve", str(folder), "--prefixes", str(tmp_path)]) == 2
+    expected = f"--prefixes: expected a folder of prefix files; found {tmp_path}: Permission denied\n"
+    assert capfd.readouterr().err == f"prefixkit: {expected}"
+
+
 def test_a_missing_extra_is_one_line(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ class PrefixFolder:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Within, what is in the folder is served; at the beginning it already is."""
-        await self.look()
+        await self._go_on()
         watching = asyncio.create_task(self._watch())
         try:
             yield
@@ -61,14 +61,20 @@ class PrefixFolder:
             await self._take(name)
 
     async def _watch(self) -> None:
-        while True:
+        going = True
+        while going:
             await asyncio.sleep(SECONDS)
-            try:
-                await self.look()
-            except EngineError:
-                return
-            except Exception:
-                _log.exception("%s could not be looked at", self._folder)
+            going = await self._go_on()
+
+    async def _go_on(self) -> bool:
+        """Look, and survive it; gives whether to look again."""
+        try:
+            await self.look()
+        except EngineError:
+            return False
+        except Exception:
+            _log.exception("%s could not be looked at", self._folder)
+        return True
 
     async def _take(self, name: str) -> None:
         path = self._folder / f"{name}.safetensors"
@@ -81,6 +87,10 @@ class PrefixFolder:
             raise
         except (PrefixkitError, OSError) as error:
             _log.warning("%s is refused%s: %s", path.name, ", the one before stays" if known else "", error)
+            return
+        except Exception:
+            # The other files are none the worse for it.
+            _log.exception("%s is refused", path.name)
             return
         self._served.add(name)
         self._catalogue.add(name, prefix.manifest)

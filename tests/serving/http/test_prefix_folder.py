@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from prefixkit.backbones.load import load_backbone
-from prefixkit.prefix import Prefix, save
+from prefixkit.prefix import Prefix, load, save
+from prefixkit.serving.http import prefix_folder
 from prefixkit.serving.http.catalogue import Catalogue
 from prefixkit.serving.http.prefix_folder import PrefixFolder
 from prefixkit.serving.session import Session
@@ -196,6 +197,45 @@ def test_a_folder_that_goes_leaves_what_it_held(
 
     looking(session, folder_path, use)
     assert caplog.text.count("cannot be read, and what it held stays") == 1
+
+
+def test_a_fault_of_ours_ends_neither_the_start_nor_the_watch(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prefixkit.serving.http.prefix_folder.SECONDS", 0.01)
+    stamps, failing = prefix_folder._stamps, [True]
+
+    def fail_once(folder: Path) -> dict[str, tuple[int, int, int]]:
+        if failing and failing.pop():
+            raise RuntimeError("unforeseen")
+        return stamps(folder)
+
+    monkeypatch.setattr(prefix_folder, "_stamps", fail_once)
+    save(prefix(), tmp_path / "new.safetensors")
+    with serving(ScriptedEngine(session), prefixes=tmp_path) as client:
+        eventually(lambda: client.ask("/v1/models/new")[0] == 200)
+    assert caplog.text.count("could not be looked at") == 1
+
+
+def test_a_fault_with_one_file_leaves_the_others(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(path: Path) -> Prefix:
+        if path.name == "one.safetensors":
+            raise RuntimeError("unforeseen")
+        return load(path)
+
+    monkeypatch.setattr(prefix_folder, "load", failing)
+    for name in ("one", "two"):
+        save(prefix(), tmp_path / f"{name}.safetensors")
+
+    async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
+        for _ in range(2):
+            await folder.look()
+        assert names(session, catalogue) == ["own", "two"]
+
+    looking(session, tmp_path, use)
+    assert caplog.text.count("one.safetensors is refused") == 1
 
 
 def test_a_running_server_takes_changes_in(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
