@@ -26,11 +26,13 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, arrived: Callable[[], None]) -> None:
         """Call `arrived` when the request is whole."""
         self._receive, self._send, self._arrived = receive, send, arrived
-        self._has_body = _has_body(scope)
+        self._sends = _has_body(scope) and not _waits(scope)
         self.status: int | None = None
         self.whole = False
 
     async def receive(self) -> Message:
+        # Whoever waits is told to go on, unless there is an answer.
+        self._sends = self._sends or self.status is None
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body", False) and not self.whole:
             self.whole = True
@@ -40,7 +42,7 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-        elif self._has_body and not self.whole and not message.get("more_body", False):
+        elif self._sends and not self.whole and not message.get("more_body", False):
             # Closed while there is something to read, the connection would be reset, and the answer lost with it.
             await self._send({**message, "more_body": True})
             await self._discard()
@@ -60,7 +62,10 @@ class Exchange:
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether more than a head is on its way; whoever expects to be told to go on sends it then only."""
     headers = dict(scope["headers"])
-    sends = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
-    return sends and b"expect" not in headers
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+
+def _waits(scope: Scope) -> bool:
+    """Whether the client sends its body only when it is told to (RFC 9110, section 10.1.1)."""
+    return any(name == b"expect" for name, _ in scope["headers"])

@@ -57,6 +57,17 @@ def test_what_is_left_is_not_read_for_ever(
         eventually(lambda: not client.server.server_state.connections)
 
 
+def test_who_was_told_to_go_on_is_told_of_the_end(client: Client) -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as made:
+        made.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        assert made.recv(1000).startswith(b"HTTP/1.1 100 ")
+        made.sendall(f"{LARGE:x}\r\n".encode() + b" " * LARGE + b"\r\n0\r\n\r\n")
+        received = b"".join(iter(lambda: made.recv(1000), b""))
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert received.endswith(b"}}")
+
+
 def test_who_expects_to_be_told_to_go_on_is_told_otherwise(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "SECONDS", 1000)
     head = b"POST /nothing HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1000\r\n\r\n"
