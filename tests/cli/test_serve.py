@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -85,6 +87,22 @@ def test_a_process_serves_and_ends_well(folder: Path, tmp_path: Path) -> None:
     assert (running.returncode, out) == (0, "[]\n")
     assert "bad\\x1b.safetensors is refused" in err
     assert "prefix other added" in err
+    assert "Traceback" not in err
+
+
+def test_more_connections_than_descriptors_are_survived(folder: Path) -> None:
+    with process(folder, "--threads", 1) as (running, url, _):
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (128, 128))
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        opened = [socket.create_connection(address, timeout=30) for _ in range(300)]
+        # The last is refused, so all have been looked at.
+        assert opened[-1].recv(1) == b""
+        for one in opened:
+            one.close()
+        assert ask(f"{url}/health")[0] == 200
+        running.send_signal(signal.SIGTERM)
+        _, err = running.communicate(timeout=60)
+    assert "a connection is refused: 64 are open" in err
     assert "Traceback" not in err
 
 

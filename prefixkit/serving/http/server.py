@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,6 +15,13 @@ from prefixkit.errors import ConfigError
 from prefixkit.serving.http import connection
 from prefixkit.serving.http.connection import Connection
 from prefixkit.serving.http.service import Service
+
+_QUEUE = 2048
+"""Connections that may wait to be accepted."""
+
+_AT_ONCE = 8
+"""Those that are accepted before the first of them is looked at, and perhaps refused. asyncio takes one number for this
+and for the queue, and with the queue's a crowd would take every file descriptor."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -45,6 +51,7 @@ def server(app: Starlette, started: Callable[[], None]) -> DrainingServer:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=_AT_ONCE,
         timeout_keep_alive=math.ceil(connection.SECONDS),
         # The grace is over by then: what still runs is cancelled.
         timeout_graceful_shutdown=1,
@@ -63,8 +70,10 @@ class DrainingServer(uvicorn.Server):
         self._service, self._tell = service, started
         self._end = 0.0
 
-    async def startup(self, *arguments: Any, **options: Any) -> None:
-        await super().startup(*arguments, **options)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_QUEUE)
         if self.started:
             self._tell()
 
