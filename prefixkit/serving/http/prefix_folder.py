@@ -86,11 +86,11 @@ class PrefixFolder:
         except EngineError:
             raise
         except (PrefixkitError, OSError) as error:
-            _log.warning("%s is refused%s: %s", path.name, ", the one before stays" if known else "", error)
+            _log.warning("%s is refused%s: %s", _shown(path.name), ", the one before stays" if known else "", error)
             return
         except Exception:
             # The other files are none the worse for it.
-            _log.exception("%s is refused", path.name)
+            _log.exception("%s is refused", _shown(path.name))
             return
         self._served.add(name)
         self._catalogue.add(name, prefix.manifest)
@@ -107,6 +107,11 @@ class PrefixFolder:
             self._catalogue.drop(name)
             await self._worker.call(lambda engine: engine.session.drop_prefix(name))
             _log.info("prefix %s dropped", name)
+
+
+def _shown(name: str) -> str:
+    """`name` as every log can hold it."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _add(engine: Engine, name: str, prefix: Prefix) -> int:
