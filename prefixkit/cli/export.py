@@ -48,8 +48,8 @@ def export(
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
     if onnx + peft + triton != 1:
-        found, step = f"{onnx + peft + triton}", "add --onnx, --peft or --triton"
-        raise ConfigError("export", expected="one form to export to", found=found, next_step=step)
+        found, step = ("none", "one", "two", "three")[onnx + peft + triton], "add --onnx, --peft or --triton"
+        raise ConfigError("export", expected="a form to export to", found=found, next_step=step)
     if peft or triton:
         (_peft if peft else _triton)(prefix, output)
         return

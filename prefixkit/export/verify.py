@@ -61,7 +61,7 @@ def refuse_differences(results: Sequence[CaseResult]) -> None:
 
 def _step(result: CaseResult) -> str:
     if result.pytorch_difference is not None:
-        return f"export with --dtype float32: PyTorch's own rounding differs by {result.pytorch_difference:.1e}"
+        return f"export with --dtype float32: PyTorch's own float16 differs by {result.pytorch_difference:.1e}"
     return "report it with the model's name: the exported graph is wrong for this architecture"
 
 

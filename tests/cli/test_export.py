@@ -80,8 +80,8 @@ def test_disagreement_is_exit_code_1_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x.safetensors"], "export: expected one form to export to; found 0; add --onnx"),
-        (["x", "--onnx", "--triton"], "export: expected one form to export to; found 2; add --onnx"),
+        (["x.safetensors"], "export: expected a form to export to; found none; add --onnx"),
+        (["x", "--onnx", "--triton"], "export: expected a form to export to; found two; add --onnx"),
         (["--triton", "-o", "y"], "export --triton: expected a folder that --onnx wrote; found none"),
         (["--triton", "x"], "export --triton: expected --output; found none"),
         (["--onnx", "x.safetensors"], "export --onnx: expected --output; found none"),

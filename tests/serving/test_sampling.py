@@ -80,7 +80,7 @@ def test_row_draws_as_a_single_text_with_its_seed() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "--top-p: expected above 0"),
         ({"temperature": 1.0, "top_p": 1.5}, "--top-p: expected above 0"),
         ({"temperature": 1.0, "min_p": -0.1}, "--min-p: expected from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty: expected above 0"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty: expected from 0.01 to 100"),
         ({"seed": -1}, "--seed: expected 0 or more"),
         ({"top_p": 0.9}, "--temperature: expected above 0 with --top-k, --top-p or --min-p"),
     ],

@@ -111,7 +111,7 @@ class PrefixFolder:
 
 def _shown(name: str) -> str:
     """`name` as every log can hold it."""
-    return name if name.isprintable() else ascii(name)
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _add(engine: Engine, name: str, prefix: Prefix) -> int:
