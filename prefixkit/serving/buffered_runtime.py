@@ -31,7 +31,6 @@ class BufferedRuntime:
     def __init__(self, folder: ExportedFolder, *, device: Device = "auto", threads: int | None = None) -> None:
         assert folder.buffered is not None
         self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
-        self.takes_positions = folder.takes_positions
         check_files(folder.folder, folder.files)
         self.places = Graph(folder.folder / folder.buffered.place, device, threads)
         self.device = self.places.device

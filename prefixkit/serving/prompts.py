@@ -15,7 +15,8 @@ from prefixkit.task.encode import is_chat
 DEFAULT_NEW_TOKENS = 128
 LEAST_NEW_TOKENS = 16
 """What a prompt must leave for its answer, unless fewer are asked for."""
-_UNBOUNDED = 2**31
+UNBOUNDED = 2**31
+"""Tokens of a task that sets no limit: what the context has room for, serving knows."""
 
 
 def encode(
@@ -35,7 +36,7 @@ def encode(
         ids = list(given)
     else:
         fields = _fields(task, given, where) if isinstance(given, str) else given
-        ids = encode_prompt(replace(task, max_length=_UNBOUNDED), tokenizer, fields, where=where)
+        ids = encode_prompt(replace(task, max_length=UNBOUNDED), tokenizer, fields, where=where)
     if not ids:
         raise InputError(where, expected="at least one token", found="none", next_step="give some text")
     return ids, stop_ids(task, tokenizer)
@@ -44,7 +45,7 @@ def encode(
 def plain_text(tokenizer: ModelTokenizer, *, paired: bool = False) -> TaskRecord:
     """The contract of a bare model: text is continued as it stands, or read by an encoder as the task `text` has it."""
     if paired:
-        return load_task("text", tokenizer, max_length=_UNBOUNDED, kind="encoder-decoder")
+        return load_task("text", tokenizer, max_length=UNBOUNDED, kind="encoder-decoder")
     return TaskRecord(
         name="plain",
         input_template="{input}",
@@ -52,7 +53,7 @@ def plain_text(tokenizer: ModelTokenizer, *, paired: bool = False) -> TaskRecord
         target_template="{target}",
         bos="after" if tokenizer.adds_bos else "none",
         stop=tokenizer.stop,
-        max_length=_UNBOUNDED,
+        max_length=UNBOUNDED,
     )
 
 
@@ -66,13 +67,13 @@ def room_for(task: TaskRecord, context: int | None, tokens: int, asked: int | No
     Raises:
         InputError: too few are left for an answer, of the context or of the task's `max_length`.
     """
-    limit = min(task.max_length, context or _UNBOUNDED)
+    limit = min(task.max_length, context or UNBOUNDED)
     least = min(asked or LEAST_NEW_TOKENS, LEAST_NEW_TOKENS)
     if tokens > max(limit - least, 0):
         whose = "the context has" if limit == context else f"the task {task.name!r} allows"
         expected = f"at most {max(limit - least, 0)} tokens, which leave {least} of the {limit} that {whose}"
         raise InputError(where, expected=expected, found=f"{tokens}", next_step="shorten it")
-    return (context or _UNBOUNDED) - tokens
+    return (context or UNBOUNDED) - tokens
 
 
 def room_behind_source(task: TaskRecord, context: int | None, tokens: int, asked: int | None, where: str) -> int:
@@ -85,7 +86,7 @@ def room_behind_source(task: TaskRecord, context: int | None, tokens: int, asked
     if context is not None and tokens > context:
         expected = f"at most {context} tokens, the context"
         raise InputError(where, expected=expected, found=f"{tokens}", next_step="shorten it")
-    return context or _UNBOUNDED
+    return context or UNBOUNDED
 
 
 def new_tokens(asked: int | None, room: int, where: str) -> int:

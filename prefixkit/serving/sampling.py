@@ -10,6 +10,9 @@ import numpy as np
 from prefixkit.errors import ConfigError
 from prefixkit.serving.prefix_table import Array
 
+PENALTIES = 0.01, 100.0
+"""Repetition penalties, far beyond what is of use; further out, logits overflow."""
+
 
 def _require(option: str, expected: str, found: object, holds: bool) -> None:
     if not holds:
@@ -41,9 +44,9 @@ class Sampling:
         _require("--top-k", "1 or more", self.top_k, self.top_k is None or self.top_k >= 1)
         _require("--top-p", "above 0, at most 1", self.top_p, self.top_p is None or 0 < self.top_p <= 1)
         _require("--min-p", "from 0 to 1", self.min_p, self.min_p is None or 0 <= self.min_p <= 1)
-        _require(
-            "--repetition-penalty", "from 0.01 to 100", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100
-        )
+        least, most = PENALTIES
+        bounded = least <= self.repetition_penalty <= most
+        _require("--repetition-penalty", f"from {least:g} to {most:g}", self.repetition_penalty, bounded)
         _require("--seed", "0 or more", self.seed, self.seed >= 0)
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             found = "0, which takes the likeliest token whatever else is asked"

@@ -39,6 +39,16 @@ def setting_of(name: str, tmp_path: Path) -> Setting:
     return train.setting_of(train.CASES[name], options(), tmp_path)
 
 
+def check(rows: list[Row], case: str) -> None:
+    """What every row of every bench has."""
+    for row in rows:
+        assert set(row.record()) == RECORD
+        assert row.case == case
+        assert row.ours > 0
+        assert row.spread[0] <= row.ratio <= row.spread[1]
+        assert math.isclose(row.ratio, row.ours / row.peer)
+
+
 def test_all_are_there() -> None:
     assert set(train.CASES) == NAMES
 
@@ -48,12 +58,7 @@ def test_a_case_runs_on_a_stand_in(name: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train, "QUICK", AMOUNT)
     rows = train.measure(name, options(), tmp_path)
     assert len(rows) >= 2
-    for row in rows:
-        assert set(row.record()) == RECORD
-        assert row.case == name
-        assert row.ours > 0
-        assert row.spread[0] <= row.ratio <= row.spread[1]
-        assert math.isclose(row.ratio, row.ours / row.peer)
+    check(rows, name)
 
 
 def test_the_weights_of_a_backbone_that_is_made_on_the_device_are_not_written(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from argparse import Namespace
@@ -16,13 +15,13 @@ import torch
 
 from tests.bench import serve, serving_speed
 from tests.bench.genai_peer import Genai, NoGenaiError
-from tests.bench.rounds import Row
 from tests.bench.serving_alone import resident_peak
 from tests.bench.serving_contenders import OURS, PEFT, TRANSFORMERS, build_all
 from tests.bench.serving_ours import OurEngine
 from tests.bench.serving_roof import ROOF, key_value_bytes, weight_bytes
 from tests.bench.serving_work import Effort, Turn, UnequalError, Work
 from tests.bench.shapes import LLAMA_100M
+from tests.bench.test_cases import check
 from tests.exported import backbone, exported
 
 # PEFT asks transformers in words that transformers will drop.
@@ -32,7 +31,6 @@ NAMES = {
     *("h200-qwen06-b1-p20", "h200-qwen06-b32-p20", "h200-qwen06-b1-p2048", "h200-qwen06-b32-p2048"),
     *("h200-qwen17-b1-p20", "h200-8b-b1-p20", "h200-prefill-b32", "h200-shared-p2048-b32", "h200-ttft-p2048-b32"),
 }
-RECORD = {"case", "metric", "ours", "peer", "peer_name", "ratio", "spread"}
 ONCE = Effort(rounds=1, alone=0)
 GENAI = """
 import numpy
@@ -67,15 +65,6 @@ def work(**changes: Any) -> Work:
     """A few tokens of a tiny model."""
     folders = [str(backbone("llama")), *(str(exported("llama", **how).folder) for how in ({"target": "cuda"}, {}))]
     return replace(Work(*folders, rows=3, length=6, prompt=5, new=4, threads=1), **changes)
-
-
-def check(rows: list[Row], case: str) -> None:
-    for row in rows:
-        assert set(row.record()) == RECORD
-        assert row.case == case
-        assert row.ours > 0
-        assert row.spread[0] <= row.ratio <= row.spread[1]
-        assert math.isclose(row.ratio, row.ours / row.peer)
 
 
 def test_all_are_there() -> None:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from prefixkit.serving.http.catalogue import Model
 from prefixkit.serving.http.parameters import Parameters
 from prefixkit.serving.request import Request
-from prefixkit.serving.sampling import Sampling
+from prefixkit.serving.sampling import PENALTIES, Sampling
 from prefixkit.task import Fields
 
 MOST_ALTERNATIVES = 20
 """Log-probabilities a token."""
 _MOST_STOPS = 16
 _MOST_TOKENS = 2**31 - 1
-_PENALTIES = 0.01, 100.0
-"""Far beyond what is of use; further out, logits overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def _sampling(given: Parameters) -> Sampling:
     """As OpenAI has it, the temperature is 1 and every answer another, unless told otherwise."""
     temperature = given.number("temperature", 0)
     top_k, top_p = given.integer("top_k", 1, _MOST_TOKENS), given.number("top_p", 0, 1)
-    min_p, penalty = given.number("min_p", 0, 1), given.number("repetition_penalty", *_PENALTIES)
+    min_p, penalty = given.number("min_p", 0, 1), given.number("repetition_penalty", *PENALTIES)
     seed = given.integer("seed", -(2**63), 2**63 - 1)
     if top_p == 0:
         raise given.wrong("top_p", "a number above 0", 0)

@@ -10,14 +10,12 @@ from typing import Any
 from prefixkit.errors import ConfigError, InputError
 from prefixkit.format.manifest import Manifest, TaskRecord
 from prefixkit.serving.http.errors import ApiError
+from prefixkit.serving.prompts import UNBOUNDED
 from prefixkit.serving.report import ExportedFolder
 from prefixkit.serving.session import OWN
 from prefixkit.spelling import did_you_mean
 from prefixkit.task import ModelTokenizer, load_task
 from prefixkit.task.encode import is_chat
-
-UNBOUNDED = 2**31
-"""Tokens: what the context has room for, the engine knows."""
 
 _log = logging.getLogger(__name__)
 
