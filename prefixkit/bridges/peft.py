@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prefixkit import __version__
+from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.peft_folder import CONFIG, Adapter, read_adapter, write_adapter
 from prefixkit.errors import BackboneError, FormatError, MismatchError
 from prefixkit.format import names
@@ -47,7 +48,7 @@ def import_peft(folder: str | Path, *, backbone: str | Path | None = None) -> Pr
     return Prefix(Manifest(backbone=identity, injections=(record,), provenance=provenance), _unpack(tensor))
 
 
-def export_peft(prefix: Prefix, folder: str | Path) -> None:
+def export_peft(prefix: Prefix, folder: str | Path) -> Carried:
     """Write `prefix` as a folder that `PeftModel.from_pretrained` loads; the usage contract has no place in it.
 
     Raises:
@@ -70,6 +71,7 @@ def export_peft(prefix: Prefix, folder: str | Path) -> None:
         revision=backbone.revision,
     )
     write_adapter(folder, adapter, tensor.transpose(3, 0, 1, 2, 4))
+    return Carried(output=Path(folder), next=f'PeftModel.from_pretrained(model, "{folder}")')
 
 
 def _unpack(tensor: Array) -> dict[str, Array]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefixkit.bridges.catalogue import Runtime, chosen, function, runtime
+from prefixkit.cli.runtime_flags import one_of, with_flags
 from prefixkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from prefixkit.bridges.carried import Carried
     from prefixkit.export.onnx import Exported
 
 
@@ -19,57 +23,104 @@ def register(app: typer.Typer) -> None:
     app.command("export", no_args_is_help=True)(export)
 
 
+@with_flags("writes")
 def export(
     prefix: Annotated[
         Path | None,
-        typer.Argument(help="The prefix file, or a folder for --triton. Without one, the bare model."),
+        typer.Argument(help="The prefix file, or a folder for --triton. For --onnx none is the bare model."),
     ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="A folder for onnxruntime: the model's graph and the prefix.")
     ] = False,
-    peft: Annotated[bool, typer.Option("--peft", help="A folder for PEFT: the prefix alone.")] = False,
     triton: Annotated[
         bool, typer.Option("--triton", help="A Triton model repository, of a folder that --onnx wrote.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file or folder to write.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
     target: Annotated[
         str,
         typer.Option(help="portable: one graph that every ONNX runtime knows; cuda: graphs for `prefixkit serve`."),
     ] = "portable",
-    dtype: Annotated[str, typer.Option(help="float32 or float16; bfloat16 for --target cuda.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of --onnx: float32, the default, or float16; bfloat16 for --target cuda. See `runtimes`."),
+    ] = None,
     baked: Annotated[bool, typer.Option("--baked", help="Put the prefix into the graph, for any runtime.")] = False,
     weights: Annotated[
         str | None,
         typer.Option(help="external: model.onnx.data; checkpoint: the model's own safetensors; inline: model.onnx."),
     ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the runtime, as a=b; see `runtimes`. Repeatable.")
+    ] = None,
     allow_mismatch: Annotated[bool, typer.Option("--allow-mismatch", help="Take a prefix for other weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **runtimes: bool,
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
-    if onnx + peft + triton != 1:
-        found, step = ("none", "one", "two", "three")[onnx + peft + triton], "add --onnx, --peft or --triton"
-        raise ConfigError("export", expected="a form to export to", found=found, next_step=step)
-    if peft or triton:
-        (_peft if peft else _triton)(prefix, output)
+    form = one_of("export", {"onnx": onnx, "triton": triton, **runtimes}, "a form to export to")
+    graph = {"target": (target, "portable"), "baked": (baked, False), "weights": (weights, None)}
+    if form != "onnx":
+        _only_for_onnx(form, {**graph, "allow-mismatch": (allow_mismatch, False)})
+    if form == "triton":
+        _only_for_onnx(form, {"dtype": (dtype, None), "set": (settings, None)})
+        _triton(prefix, output)
+        return
+    if form != "onnx":
+        named = dict(_assignment(setting) for setting in settings or ())
+        row = runtime(form)
+        _carried(_carry(row, prefix, output, backbone, named if dtype is None else {"dtype": dtype, **named}), as_json)
         return
     if output is None or backbone is None:
         missing = "--output" if output is None else "--backbone"
         raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    options = {"dtype": dtype, "target": target, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
-    _show(_onnx(prefix, backbone, output, options), as_json)
+    options = {"target": target, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
+    _show(_onnx(prefix, backbone, output, {"dtype": dtype or "float32", **options}), as_json)
 
 
-def _peft(prefix: Path | None, output: Path | None) -> None:
-    from prefixkit.bridges.peft import export_peft
+def _only_for_onnx(form: str, options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse an option that would have no effect: of each its value, and what stands for not given."""
+    for name, (value, absent) in options.items():
+        if value != absent:
+            step = "leave it out"
+            raise ConfigError(f"export --{form}", expected=f"no --{name}", found=str(value), next_step=step)
+
+
+def _assignment(setting: str) -> tuple[str, str]:
+    name, equals, value = setting.partition("=")
+    if not equals:
+        raise ConfigError("--set", expected="name=value", found=repr(setting))
+    return name, value
+
+
+def _carry(
+    row: Runtime, prefix: Path | None, output: Path | None, backbone: str | None, settings: Mapping[str, str]
+) -> Carried:
+    from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.prefix import load
 
-    if prefix is None or output is None:
-        missing = "a prefix file" if prefix is None else "--output"
-        raise ConfigError("export --peft", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    export_peft(load(prefix), output)
-    typer.echo(f"wrote {output}")
-    typer.echo(f'next: PeftModel.from_pretrained(model, "{output}")')
+    assert row.exporter is not None
+    needed = {"a prefix file": prefix, "--output": output} | ({"--backbone": backbone} if row.backbone else {})
+    for name, value in needed.items():
+        if value is None:
+            step = "see `prefixkit export --help`"
+            raise ConfigError(f"export --{row.name}", expected=name, found="none", next_step=step)
+    assert prefix is not None
+    given = dict(chosen(row, settings)) | ({"backbone": backbone} if row.backbone else {})
+    quiet_transformers()
+    done: Carried = function(row.exporter)(load(prefix), output, **given)
+    return done
+
+
+def _carried(done: Carried, as_json: bool) -> None:
+    if as_json:
+        document = {"version": 1, "output": str(done.output), "lost": list(done.lost), "next": done.next}
+        typer.echo(json.dumps(document, sort_keys=True))
+        return
+    for sentence in done.lost:
+        typer.echo(f"warning: {sentence}", err=True)
+    typer.echo(f"wrote {done.output}")
+    typer.echo(f"next: {done.next}")
 
 
 def _triton(folder: Path | None, output: Path | None) -> None:

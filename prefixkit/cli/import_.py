@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from prefixkit.errors import ConfigError
+from prefixkit.bridges.catalogue import function, runtime
+from prefixkit.cli.runtime_flags import one_of, with_flags
 
 
 def register(app: typer.Typer) -> None:
@@ -15,25 +16,25 @@ def register(app: typer.Typer) -> None:
     app.command("import", no_args_is_help=True)(import_)
 
 
+@with_flags("reads")
 def import_(
     source: Annotated[Path, typer.Argument(help="What the other runtime saved.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The prefix file to write.")],
-    peft: Annotated[bool, typer.Option("--peft", help="A PEFT folder: prefix tuning or a cartridge.")] = False,
     backbone: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of the model that it was trained on: checks shapes, binds to its weights."),
     ] = None,
+    **runtimes: bool,
 ) -> None:
     """Bring a prefix over from another runtime, bit for bit."""
-    if not peft:
-        raise ConfigError("import", expected="where the prefix comes from", found="nothing", next_step="add --peft")
-    from prefixkit.bridges.peft import import_peft
+    row = runtime(one_of("import", runtimes, "where the prefix comes from"))
     from prefixkit.cli.training_display import quiet_transformers
-    from prefixkit.prefix import save
+    from prefixkit.prefix import Prefix, save
 
     quiet_transformers()
-    prefix = save(import_peft(source, backbone=backbone), output)
-    bound = prefix.manifest.backbone
+    assert row.importer is not None
+    imported: Prefix = function(row.importer)(source, backbone=backbone)
+    bound = save(imported, output).manifest.backbone
     if bound.weights_hash is None:
         typer.echo(f"weights of {bound.name} unknown: only its configuration will be checked; --backbone binds them")
     typer.echo(f"wrote {output} for {bound.name}")

@@ -28,7 +28,11 @@ _LEVELS = {
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the report of `prefixkit inspect` to standard output."""
-    sections = list(sections_of(report))
+    show_sections(list(sections_of(report)))
+
+
+def show_sections(sections: Sequence[Section]) -> None:
+    """Print sections to standard output: tables on a terminal."""
     if sys.stdout.isatty():
         _show_tables(sections)
     else:

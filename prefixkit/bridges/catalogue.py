@@ -1,0 +1,93 @@
+"""Every runtime that a prefix travels to or from: what goes, what does not and why, and which function carries it.
+
+A row with an exporter is a flag of `prefixkit export`, one with an importer a flag of `prefixkit import`, and every row
+is a line of `prefixkit runtimes`. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from prefixkit.errors import ConfigError
+from prefixkit.spelling import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A runtime, and how prefixes get there.
+
+    Attributes:
+        name: of the flag, without its dashes; unique.
+        title: of the runtime itself.
+        goes: what it takes.
+        stays: what it does not take, and why.
+        how: for a runtime that needs no other file than the prefix: what to call instead of a command.
+        exporter: `module:function(prefix, output, **settings) -> Carried`.
+        importer: `module:function(source, *, backbone) -> Prefix`.
+        writes, reads: what the exporter writes and the importer reads, for the help of the flags.
+        settings: what `--set NAME=VALUE` may choose when exporting; the first value is the default.
+        backbone: whether the exporter needs `--backbone`.
+        extra: of the package, for what the runtime's side of the bridge needs.
+        tried: the release that the tests run, or why they run none.
+    """
+
+    name: str
+    title: str
+    goes: str
+    stays: str
+    tried: str
+    how: str = ""
+    exporter: str | None = None
+    importer: str | None = None
+    writes: str = ""
+    reads: str = ""
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    backbone: bool = False
+    extra: str | None = None
+
+
+RUNTIMES: tuple[Runtime, ...] = (
+    Runtime(
+        name="peft",
+        title="PEFT",
+        goes="keys and values before the text of a decoder (prefix tuning, cartridges)",
+        stays="layers of different shapes: PEFT keeps one tensor for all of them",
+        exporter="prefixkit.bridges.peft:export_peft",
+        importer="prefixkit.bridges.peft:import_peft",
+        writes="a folder for PeftModel.from_pretrained",
+        reads="a PEFT folder",
+        tried="0.21",
+    ),
+)
+
+
+def runtime(name: str) -> Runtime:
+    """The row of `name`. Raises ConfigError for an unknown one, naming the likeliest."""
+    for row in RUNTIMES:
+        if row.name == name:
+            return row
+    known = [row.name for row in RUNTIMES]
+    raise ConfigError("runtime", expected="the name of one", found=repr(name), next_step=did_you_mean(name, known))
+
+
+def function(home: str) -> Any:
+    """The function of an exporter or importer, `module:function`."""
+    module, name = home.split(":")
+    return getattr(import_module(module), name)
+
+
+def chosen(row: Runtime, settings: Mapping[str, str]) -> dict[str, str]:
+    """The value of every setting of `row`. Raises ConfigError for a name or value that it does not have."""
+    for name, value in settings.items():
+        where, step = f"export --{row.name}", "see `prefixkit runtimes`"
+        if name not in row.settings:
+            expected = f"no setting but {' and '.join(row.settings)}" if row.settings else "no settings"
+            raise ConfigError(where, expected=expected, found=name, next_step=step)
+        if value not in row.settings[name]:
+            expected = f"{name}={' or '.join(row.settings[name])}"
+            raise ConfigError(where, expected=expected, found=repr(value), next_step=step)
+    return {name: settings.get(name, values[0]) for name, values in row.settings.items()}
