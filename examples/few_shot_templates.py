@@ -8,7 +8,7 @@ does (Schick & Schütze 2021); demonstrations put an answered example of each cl
     pattern         as it is  72.2   BitFit 100.0   all of it 100.0
     demonstrations  as it is  41.1   BitFit  72.2   all of it  93.3
 
-Run it from anywhere: `python few_shot_templates.py [STEPS]`.
+Run it from anywhere: `python few_shot_templates.py [STEPS [TESTS OF EACH CLASS]]`.
 """
 
 import gzip
@@ -37,9 +37,9 @@ TASK = 'input_template = "{template}"\nseparator = ""\ntarget_template = " {{tar
 SHOTS, TESTS = 16, 30
 
 
-def main(steps: int = 60) -> None:
+def main(steps: int = 60, tests: int = TESTS) -> None:
     folder = Path(mkdtemp())
-    rows = rows_of(E2E / "train.jsonl.gz", 1 + SHOTS + TESTS)
+    rows = rows_of(E2E / "train.jsonl.gz", 1 + SHOTS + tests)
     shown, train, test = rows[:3], rows[3 : 3 * (1 + SHOTS)], rows[3 * (1 + SHOTS) :]
     asked = "".join(f"{row['text']} This place is a {row['label']} .\n" for row in shown)
     for name, rows in (("train", train), ("test", test)):

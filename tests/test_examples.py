@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "examples").glob("*.py"))
 # What has no main is what others import.
+SHORT = {"few_shot_templates": ["2", "2"], "methods_side_by_side": ["2", "4"]}
+"""What makes a run short, where that is more than two steps."""
 EXAMPLES = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
 
 
@@ -22,8 +24,7 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(example), "2"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, str(example), *SHORT.get(example.stem, ["2"])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
