@@ -50,6 +50,9 @@ def export(
         str | None,
         typer.Option(help="external: model.onnx.data; checkpoint: the model's own safetensors; inline: model.onnx."),
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int4 or int8: weights of linear layers, for --target cuda.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the runtime, as a=b; see `runtimes`. Repeatable.")
     ] = None,
@@ -59,7 +62,12 @@ def export(
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
     form = one_of("export", {"onnx": onnx, "triton": triton, **runtimes}, "a form to export to")
-    graph = {"target": (target, "portable"), "baked": (baked, False), "weights": (weights, None)}
+    graph = {
+        "target": (target, "portable"),
+        "baked": (baked, False),
+        "weights": (weights, None),
+        "quantize": (quantize, None),
+    }
     if form != "onnx":
         _only_for_onnx(form, {**graph, "allow-mismatch": (allow_mismatch, False)})
     if form == "triton":
@@ -74,8 +82,9 @@ def export(
     if output is None or backbone is None:
         missing = "--output" if output is None else "--backbone"
         raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    options = {"target": target, "baked": baked, "weights": weights, "allow_mismatch": allow_mismatch}
-    _show(_onnx(prefix, backbone, output, {"dtype": dtype or "float32", **options}), as_json)
+    options = {"dtype": dtype or "float32", "target": target, "baked": baked, "weights": weights}
+    options |= {"quantize": quantize, "allow_mismatch": allow_mismatch}
+    _show(_onnx(prefix, backbone, output, options), as_json)
 
 
 def _only_for_onnx(form: str, options: Mapping[str, tuple[Any, Any]]) -> None:

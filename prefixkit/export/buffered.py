@@ -19,6 +19,7 @@ from prefixkit.export.buffered_verify import verify_buffered
 from prefixkit.export.decoder import DecoderExport
 from prefixkit.export.emitted import emitted
 from prefixkit.export.parity import CaseResult
+from prefixkit.export.quantized import Rounded, described, multiply_in_blocks, round_linear, save_rounded
 from prefixkit.export.report import GRAPH
 from prefixkit.export.tracing import traceable
 from prefixkit.export.weights import Weights, save_graph
@@ -26,12 +27,15 @@ from prefixkit.injections import ParameterDelta, part_of
 from prefixkit.prefix import Prefix
 from prefixkit.serving.graph import Graph
 
+_HEAD = 8
+
 
 class BufferedExport(DecoderExport):
     """A decoder in three graphs over the same buffers, its prefix beside them."""
 
-    def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool) -> None:
+    def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool, quantize: str | None = None) -> None:
         super().__init__(prefix, dtype=dtype, baked=baked)
+        self.quantize, self.rounded = quantize, dict[str, Rounded]()
         if self.baked:
             found = "--baked" if baked else "a file with deltas, which are exported inside the graph"
             expected, step = "a prefix beside the graph", "use --target portable"
@@ -39,6 +43,8 @@ class BufferedExport(DecoderExport):
 
     def load(self, backbone: Backbone | str | Path, allow_mismatch: bool) -> None:
         """Load the decoder and fold a prompt into keys and values."""
+        if self.quantize is not None and isinstance(backbone, Backbone):
+            backbone = backbone.folder  # what is given stays as it is
         super().load(backbone, allow_mismatch)
         model = self.decoder.model
         if not uses_registry(model) or has_alibi(model.config):
@@ -46,21 +52,31 @@ class BufferedExport(DecoderExport):
             raise ConfigError(
                 "--target cuda", expected=expected, found=model.config.model_type, next_step="use --target portable"
             )
+        odd = {layer.key_dim for layer in self.decoder.geometry if layer.key_dim % _HEAD}
+        if odd:
+            expected, found = f"heads of a multiple of {_HEAD} dimensions, for GroupQueryAttention", f"{min(odd)}"
+            raise ConfigError("--target cuda", expected=expected, found=found, next_step="use --target portable")
+        if self.quantize is not None:
+            self.rounded = round_linear(model, self.quantize)
 
     def graphs(self) -> Mapping[str, ir.Model]:
         """One for any number of tokens, one for one token a row, one for prefixes."""
         model, geometry = self.decoder.release(), self.decoder.geometry
         with traceable(model), emitted(model):
-            return {
+            graphs = {
                 GRAPH: trace_buffered(model, geometry, "scattered"),
                 DECODE: trace_buffered(model, geometry, "grouped"),
                 PLACE: trace_place(model, geometry),
             }
+        for graph in graphs.values():
+            multiply_in_blocks(graph, self.rounded)
+        return graphs
 
     @property
     def usual_weights(self) -> Weights:
         """The checkpoint's own, where they are of the dtype of the export."""
-        return "checkpoint" if self.decoder.identity.dtype == self.dtype else "external"
+        own = self.decoder.identity.dtype == self.dtype and self.quantize is None
+        return "checkpoint" if own else "external"
 
     def save(self, graphs: Mapping[str, ir.Model], folder: Path, weights: Weights) -> None:
         """Write `graphs`, with one file of weights for all of them."""
@@ -70,15 +86,22 @@ class BufferedExport(DecoderExport):
             stored = source / "model.safetensors"
             stored.touch()
             readable = stored.stat().st_mode
-            save_model(self.decoder.model, str(stored))
+            self._save_weights(stored)
             # safetensors keeps what it writes to this user.
             stored.chmod(readable)
         for file, graph in graphs.items():
             save_graph(graph, folder / file, "inline" if file == PLACE else "checkpoint", source)
 
+    def _save_weights(self, path: Path) -> None:
+        if self.rounded:
+            save_rounded(self.decoder.model, self.rounded, path)
+        else:
+            save_model(self.decoder.model, str(path))
+
     def parts(self) -> dict[str, Any]:
         """Inputs, outputs, model and contract."""
-        return buffered_parts(self.decoder)
+        rounded = {} if self.quantize is None else {"quantized": described(self.quantize)}
+        return {**buffered_parts(self.decoder), **rounded}
 
     def verify(self, folder: Path) -> tuple[CaseResult, ...]:
         """Compare logits of prompts and of tokens behind them."""
@@ -86,10 +109,11 @@ class BufferedExport(DecoderExport):
         return verify_buffered(folder, self.decoder, self._own)
 
     def twin(self, folder: Path) -> BufferedExport | None:
-        """The same export in float32, where this machine cannot run bfloat16: its weights are the same to the bit."""
+        """The same export in float32, where this machine cannot run bfloat16: its weights are the same to the bit, or
+        are rounded alike."""
         if self.dtype != "bfloat16" or _runs_here(folder / PLACE):
             return None
-        twin = BufferedExport(self.prefix, dtype="float32", baked=False)
+        twin = BufferedExport(self.prefix, dtype="float32", baked=False, quantize=self.quantize)
         twin.load(self.decoder.folder, allow_mismatch=True)
         return twin
 

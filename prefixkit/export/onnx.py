@@ -20,6 +20,7 @@ from prefixkit.export.delta_weights import written_into
 from prefixkit.export.kind import Export
 from prefixkit.export.pair import PairExport, is_pair
 from prefixkit.export.parity import CaseResult
+from prefixkit.export.quantized import BITS
 from prefixkit.export.reader import ReaderExport, is_reader
 from prefixkit.export.report import GRAPH, PREFIX, report_document, with_results
 from prefixkit.export.verify import refuse_differences
@@ -82,6 +83,7 @@ def export_onnx(
     target: Literal["portable", "cuda"] = "portable",
     baked: bool = False,
     weights: Weights | None = None,
+    quantize: Literal["int4", "int8"] | None = None,
     allow_mismatch: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -105,6 +107,7 @@ def export_onnx(
             graphs over buffers of a fixed capacity (`prefixkit.serving.engine`), which run on the CPU as well.
         weights: where they are stored; see `prefixkit.export.weights.save_graph`. None is `external`, or for `cuda`
             `checkpoint` where that has the dtype of the export.
+        quantize: `int4` or `int8`, of the weights of linear layers: see `prefixkit.export.quantized`. For `cuda`.
         allow_mismatch: take a prefix made for other weights.
         progress: hears the name of each stage.
 
@@ -114,7 +117,9 @@ def export_onnx(
         InputError: options, files or a folder that cannot be used.
     """
     _check_options(dtype, baked, weights, prefix, target)
-    export = _export(load(prefix) if isinstance(prefix, (str, Path)) else prefix, backbone, dtype, baked, target)
+    _check_quantize(quantize, weights, target)
+    loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
+    export = _export(loaded, backbone, dtype, baked, target, quantize)
     stages = _Progress(progress)
     with stages.stage("loading"):
         export.load(backbone, allow_mismatch)
@@ -130,14 +135,16 @@ def export_onnx(
     return Exported(Path(out_dir), cases, dict(stages.seconds), size)
 
 
-def _export(prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool, target: str) -> Export:
+def _export(
+    prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool, target: str, quantize: str | None
+) -> Export:
     kind: type[Export]
     kind = PairExport if is_pair(backbone, prefix) else ReaderExport if is_reader(backbone, prefix) else DecoderExport
     if target == "cuda":
         if kind is not DecoderExport:
             expected, step = "a decoder that writes", "use --target portable"
             raise ConfigError("--target cuda", expected=expected, found="another kind of model", next_step=step)
-        kind = BufferedExport
+        return BufferedExport(prefix, dtype=dtype, baked=baked, quantize=quantize)
     return kind(prefix, dtype=dtype, baked=baked)
 
 
@@ -184,6 +191,20 @@ def _check_options(dtype: str, baked: bool, weights: str | None, prefix: object,
         raise ConfigError("--weights", expected=", ".join(WEIGHTS), found=repr(weights))
     if baked and prefix is None:
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")
+
+
+def _check_quantize(quantize: str | None, weights: str | None, target: str) -> None:
+    if quantize is None:
+        return
+    if quantize not in BITS:
+        raise ConfigError("--quantize", expected=" or ".join(BITS), found=repr(quantize))
+    if target != "cuda":
+        raise ConfigError("--quantize", expected="--target cuda", found=f"--target {target}")
+    if weights == "checkpoint":
+        step = "leave --weights out"
+        raise ConfigError(
+            "--quantize", expected="rounded weights in a file of their own", found=weights, next_step=step
+        )
 
 
 def _verified(export: Export, folder: Path) -> tuple[CaseResult, ...]:

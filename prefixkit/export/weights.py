@@ -22,7 +22,7 @@ WEIGHTS: tuple[Weights, ...] = ("external", "checkpoint", "inline")
 _SMALL = 256
 """Bytes below which a tensor stays in the graph's own file: scalars, shapes, biases of nothing."""
 _CHUNK = 2**20
-_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "U8": ir.DataType.UINT8}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What a served dtype costs: a prefix trained on E2E, in float32 and in each half precision that the machine can run.
+"""What a served precision costs: a prefix trained on E2E, in float32, in each half precision that the machine can run,
+and with weights of eight and four bits.
 
     python -m tests.bench.served_precision --json tests/bench/results/served_precision_cpu.json
 
@@ -22,6 +23,7 @@ import torch
 from prefixkit.data.readers import read_examples
 from prefixkit.data.references import ReferenceGroup, group_references
 from prefixkit.export.onnx import export_onnx
+from prefixkit.export.quantized import BITS
 from prefixkit.quickstart import BACKBONE, E2E
 from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.engine import Engine
@@ -38,8 +40,9 @@ AGREEMENT, BLEU = 0.99, 0.5
 
 
 def served(dtype: str, folder: Path, device: str) -> Session:
-    """The embedded backbone with the trained prefix, exported in `dtype`."""
-    export_onnx(PREFIX, BACKBONE, folder / dtype, target="cuda", dtype=dtype)  # type: ignore[arg-type]
+    """The embedded backbone with the trained prefix, exported in `dtype`, or with its weights in it."""
+    precision = {"quantize": dtype} if dtype in BITS else {"dtype": dtype}
+    export_onnx(PREFIX, BACKBONE, folder / dtype, target="cuda", **precision)  # type: ignore[arg-type]
     return Session(folder / dtype, device=device, threads=2)  # type: ignore[arg-type]
 
 
@@ -106,7 +109,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    dtypes = ["float32", "float16"] + (["bfloat16"] if options.device == "cuda" else [])
+    dtypes = ["float32", "float16"] + (["bfloat16"] if options.device == "cuda" else []) + [*BITS]
     rows = measure(dtypes, options.limit, options.device)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

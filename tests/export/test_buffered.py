@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefixkit.backbones.load import load_backbone
 from prefixkit.errors import ConfigError, ParityError
@@ -158,6 +158,13 @@ def test_what_cannot_write_into_buffers_is_refused(family: str, tmp_path: Path) 
     with pytest.raises(ConfigError, match=f"found {family}; use --target portable"):
         export_onnx(None, backbone(family), tmp_path / "served", target="cuda")
     assert not (tmp_path / "served").exists()
+
+
+def test_heads_that_the_operator_does_not_take_are_refused(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_embd=40, n_head=2, vocab_size=64, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"expected heads of a multiple of 8 dimensions, .* found 20; use --target p"):
+        export_onnx(None, tmp_path / "model", tmp_path / "served", target="cuda")
 
 
 def test_a_dropped_prefix_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
