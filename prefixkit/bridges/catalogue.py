@@ -62,6 +62,30 @@ RUNTIMES: tuple[Runtime, ...] = (
         reads="a PEFT folder",
         tried="0.21",
     ),
+    Runtime(
+        name="onnxruntime-node",
+        title="onnxruntime-node",
+        goes="keys and values before the text of a decoder, as the first past of a portable graph",
+        stays="bfloat16, which JavaScript has not: bound as float32; conversations: render the chat template yourself",
+        how="pastFeeds(readPrefix(bytes), ort.Tensor) of examples/javascript/prefix.mjs",
+        tried="1.30",
+    ),
+    Runtime(
+        name="onnxruntime-web",
+        title="onnxruntime-web",
+        goes="keys and values before the text of a decoder, as the first past of a portable graph",
+        stays="bfloat16, which JavaScript has not: bound as float32; conversations: render the chat template yourself",
+        how="pastFeeds(readPrefix(bytes), ort.Tensor) of examples/javascript/prefix.mjs",
+        tried="1.30, WebAssembly in Node",
+    ),
+    Runtime(
+        name="transformers-js",
+        title="transformers.js",
+        goes="keys and values before the text of a decoder, as the cache that generate begins with",
+        stays="bfloat16, which JavaScript has not: bound as float32; text that starts elsewhere than behind the prefix",
+        how="model.generate(generateInputs(readPrefix(bytes), [ids], transformers)) of examples/javascript/prefix.mjs",
+        tried="4.3",
+    ),
 )
 
 
