@@ -282,7 +282,7 @@ def test_commands(backbone_folder: Folder, tmp_path: Path, capsys: pytest.Captur
 def test_commands_refuse_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = str(tmp_path / "out")
     for arguments, told in (
-        (["import", str(tmp_path), "-o", output], "import: expected where the prefix comes from; found nothing; add"),
+        (["import", str(tmp_path), "-o", output], "import: expected where the prefix comes from; found none; add"),
         (["import", "--peft", str(tmp_path), "-o", output], "expected a PEFT folder with adapter_config.json"),
         (["export", "--peft", "-o", output], "export --peft: expected a prefix file; found none"),
         (["export", "--peft", "--onnx", "x", "-o", output], "export: expected a form to export to; found two"),
