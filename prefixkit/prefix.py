@@ -74,16 +74,18 @@ def save(prefix: Prefix, path: str | Path) -> Prefix:
         FormatError: the prefix breaks the specification: another shape than the manifest says, another dtype, NaN.
         InputError: the file cannot be written. In both cases what was at `path` stays.
     """
-    tensors = {name: _stored(name, array) for name, array in prefix.tensors.items()}
-    lines = [leaf_line(name, tensor.dtype, tensor.shape, (tensor.data,)) for name, tensor in tensors.items()]
-    described = document(prefix.manifest)
-    content = content_digest(lines, described)
-    described["content"] = content
+    tensors, described = _as_stored(prefix)
     found = problems(described) or tensor_problems(described, tensors) or _not_finite(tensors)
     refuse(path, found, next_step="correct it and save it again; nothing was written")
     metadata = {"format": "pt", KEY: canonical(described, path).decode()}
     write_stream(path, encode(tensors, metadata))
-    return Prefix(replace(prefix.manifest, content=content), prefix.tensors)
+    return Prefix(replace(prefix.manifest, content=described["content"]), prefix.tensors)
+
+
+def content_of(prefix: Prefix) -> str:
+    """The content digest that `prefix` has in a file, whether it came from one or not."""
+    content: str = _as_stored(prefix)[1]["content"]
+    return content
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,16 @@ def _document_differences(pointer: str, ours: Any, theirs: Any) -> Iterator[Diff
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
             yield from _document_differences(below(pointer, key), ours.get(key), theirs.get(key))
+    elif _of_records(ours) and _of_records(theirs) and len(ours) == len(theirs):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _document_differences(below(pointer, str(index)), *pair)
     elif ours != theirs:
         told = ("nothing" if value is None else repr(value) for value in (ours, theirs))
         yield Difference(pointer, " and ".join(told))
+
+
+def _of_records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _array_difference(ours: Array | None, theirs: Array | None) -> str:
@@ -161,6 +170,14 @@ def _array_difference(ours: Array | None, theirs: Array | None) -> str:
         return ""
     apart = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
     return f"numbers that differ by at most {apart:g}"
+
+
+def _as_stored(prefix: Prefix) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The tensors of `prefix`, and the document of its manifest with the content digest."""
+    tensors = {name: _stored(name, array) for name, array in prefix.tensors.items()}
+    lines = [leaf_line(name, tensor.dtype, tensor.shape, (tensor.data,)) for name, tensor in tensors.items()]
+    described = document(prefix.manifest)
+    return tensors, {**described, "content": content_digest(lines, described)}
 
 
 def _stored(name: str, array: Array) -> StoredTensor:

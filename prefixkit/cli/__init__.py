@@ -22,6 +22,7 @@ from prefixkit.errors import InputError, PrefixkitError
 COMMANDS = (
     *("quickstart", "train", "sweep", "self-study", "capture"),
     *("inspect", "export", "import", "generate", "serve", "eval", "label-words", "methods", "runtimes"),
+    *("compose", "slice", "average", "cast", "diff"),
 )
 """In the order of the help; each is a module of this package with `register(app)`, named with `_` for `-` and after
 a Python keyword."""
