@@ -52,6 +52,7 @@ FROM_FLOOR = {
     "onnx_ir": 5,
     "sacrebleu": 5,
     "peft": 5,
+    "llama_cpp": 5,
     "ray": 5,
     "vllm": 5,
     "optuna": 5,

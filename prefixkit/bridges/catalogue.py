@@ -135,6 +135,34 @@ RUNTIMES: tuple[Runtime, ...] = (
         "--max_prompt_embedding_table_size",
         tried="not run in TensorRT-LLM: 1.2 reads PEFT's folders",
     ),
+    Runtime(
+        name="mlx",
+        title="mlx-lm",
+        goes="keys and values before the text of a decoder, bfloat16 too; fold a prompt first",
+        stays="sliding windows except Gemma 3's: mlx-lm leaves out those of Gemma 2, Mistral and Phi-3",
+        exporter="prefixkit.bridges.mlx:export_mlx",
+        importer="prefixkit.bridges.mlx:import_mlx",
+        writes="a prompt cache for mlx_lm (--prompt-cache-file, load_prompt_cache)",
+        reads="a prompt cache of mlx-lm",
+        settings=MappingProxyType(
+            {"layout": ("current", "older"), "dtype": ("stored", "float32", "float16", "bfloat16")}
+        ),
+        extra="mlx",
+        tried="0.32.2; layout=older for releases before 0.32",
+    ),
+    Runtime(
+        name="llama-cpp",
+        title="llama.cpp",
+        goes="keys and values before the text of a decoder of the families that were tried; fold a prompt first",
+        stays="bfloat16, which is cast; quantised caches, whose rows are rotated; families that were not tried",
+        exporter="prefixkit.bridges.llama_cpp:export_llama_cpp",
+        importer="prefixkit.bridges.llama_cpp:import_llama_cpp",
+        writes="a sequence state for llama_state_seq_load_file (prefixkit.bridges.llama_cpp.load_state)",
+        reads="a sequence state of llama.cpp (with --backbone)",
+        settings=MappingProxyType({"dtype": ("float16", "float32"), "flash": ("off", "on")}),
+        extra="llama-cpp",
+        tried="llama-cpp-python 0.3.36, in a job of its own: it has to be compiled",
+    ),
 )
 
 
