@@ -257,8 +257,10 @@ def _with_prefix_columns(mask: Tensor, injected: Injected, window: int | None) -
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """What attention does without a mask. A static cache is longer than the text, and the text begins at its start."""
-    return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    """What attention does without a mask: one query sees all keys, several begin with the first, as in a static cache,
+    which is longer than the text."""
+    seen = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return seen if query.shape[2] == 1 else seen.tril()
 
 
 def _in_window(query_index: Tensor | None, slots: Tensor, length: Tensor | int, window: int) -> Tensor:

@@ -50,6 +50,17 @@ def test_greedy_equals_full_forward_passes(family: str) -> None:
             assert (logits[row] - expected_logits).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_text_without_padding(family: str, masked: bool) -> None:
+    for row, expected in zip(prompts(), by_hand(family), strict=True):
+        # Without padding the model makes no mask while the text is shorter than a sliding window.
+        mask = {"attention_mask": torch.ones_like(row[None])} if masked else {}
+        tokens, logits = write(attached(family), {"input_ids": row[None], **mask}, bos_token_id=None)
+        assert torch.equal(tokens[0], expected[0])
+        assert (logits[0] - expected[1]).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", REGISTRY)
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_static_cache_changes_nothing(family: str, masked: bool) -> None:
