@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
 from prefixkit.backbones.stacks import measure_stacks
 from prefixkit.errors import BackboneError, MismatchError
-from prefixkit.format.manifest import LayerGeometry, Positions
+from prefixkit.format.manifest import Positions
 from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes
 
 NO_POSITIONS = Positions(text_start=0, prefix_takes_positions=False)
@@ -22,7 +22,8 @@ def refuse_positions(parts: Iterable[KeyValuePrefix], where: str) -> None:
             raise BackboneError(where, expected="prefixes before the text", found=f"{part.place} in {part.placement}")
         if part.positions != NO_POSITIONS:
             found = f"{part.place} with text that starts at {part.positions.text_start}"
-            raise BackboneError(where, expected="prefixes that take no positions", found=found)
+            step = "run one of PEFT's with prefixkit.bridges.transformers_cache"
+            raise BackboneError(where, expected="prefixes that take no positions", found=found, next_step=step)
 
 
 def fitting(model: PreTrainedModel, received: Injection) -> KeyValuePrefixes:
@@ -37,13 +38,14 @@ def fitting(model: PreTrainedModel, received: Injection) -> KeyValuePrefixes:
         expected, step = "prefixes for an encoder-decoder", "`prefixkit train` and `prefixkit eval` place prompts there"
         raise BackboneError(where, expected=expected, found=f"a {type(received).__name__}", next_step=step)
     refuse_positions(received.parts, where)
-    _refuse_shapes(received.parts, measure_stacks(model, where), where)
+    refuse_shapes(received.parts, model)
     return received
 
 
-def _refuse_shapes(
-    parts: Iterable[KeyValuePrefix], stacks: Mapping[str, tuple[LayerGeometry, ...]], where: str
-) -> None:
+def refuse_shapes(parts: Iterable[KeyValuePrefix], model: PreTrainedModel) -> None:
+    """Raise MismatchError for prefixes of other layers or shapes than those of `model`, an encoder-decoder."""
+    where = model.config.model_type
+    stacks = measure_stacks(model, where)
     for part in parts:
         wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in stacks[part.stack]]
         pairs = zip(part.keys, part.values, strict=True)

@@ -55,6 +55,23 @@ def snapshot(
 
 
 def _identity(model: PreTrainedModel, injection: Injection) -> BackboneIdentity:
+    if is_pair(model.config):
+        stacks = stacks_of(model)
+        return identity_of(model, stacks["decoder"], encoder=stacks["encoder"])
+    geometry = _geometry(model, fold(model, injection))
+    if is_encoder(model.config):
+        return identity_of(model, (), encoder=geometry)
+    return identity_of(model, geometry)
+
+
+def identity_of(
+    model: PreTrainedModel, decoder: tuple[LayerGeometry, ...], encoder: tuple[LayerGeometry, ...] = ()
+) -> BackboneIdentity:
+    """The identity of the backbone that `model` was loaded from, with the geometry that was measured.
+
+    Raises:
+        BackboneError: it was loaded from no folder, nor from the hub.
+    """
     config = model.config
     folder = origin(config)
     if folder is None:
@@ -66,14 +83,7 @@ def _identity(model: PreTrainedModel, injection: Injection) -> BackboneIdentity:
         )
     source = config._name_or_path
     name = folder.name if Path(source).is_dir() else source
-    revision = getattr(config, "_commit_hash", None)
-    if is_pair(config):
-        stacks = stacks_of(model)
-        return identify(folder, name, revision, config, stacks["decoder"], encoder=stacks["encoder"])
-    geometry = _geometry(model, fold(model, injection))
-    if is_encoder(config):
-        return identify(folder, name, revision, config, (), encoder=geometry)
-    return identify(folder, name, revision, config, geometry)
+    return identify(folder, name, getattr(config, "_commit_hash", None), config, decoder, encoder=encoder)
 
 
 def _geometry(model: PreTrainedModel, prefix: KeyValuePrefix) -> tuple[LayerGeometry, ...]:
