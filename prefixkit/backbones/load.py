@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.encoder import Encoder
@@ -116,22 +117,37 @@ def _name(source: str | Path, folder: Path) -> str:
 
 
 def sketch(folder: Path) -> tuple[PreTrainedConfig, tuple[LayerGeometry, ...]]:
-    """The configuration of the backbone in `folder` and its geometry, from config.json alone.
+    """The configuration of the decoder in `folder` and its geometry, from config.json alone.
 
     Raises:
         BackboneError: no such configuration, or an architecture that cannot take a prefix.
     """
     config = _config(folder)
     refuse_unsupported(config, str(folder))
-    # "meta" holds no numbers: nothing is allocated, sdpa cannot look at masks, experts are grouped in bfloat16 only.
+    return config, measure(_outlined(AutoModelForCausalLM, config, folder), str(folder))
+
+
+def sketch_stacks(folder: Path) -> tuple[PreTrainedConfig, dict[str, tuple[LayerGeometry, ...]]]:
+    """`sketch` for encoder-decoders too: the geometry of `decoder` and, where there is one, of `encoder`."""
+    config = _config(folder)
+    if not is_pair(config):
+        return config, {"decoder": sketch(folder)[1]}
+    refuse_untried(config, str(folder))
+    return config, measure_stacks(_outlined(AutoModelForSeq2SeqLM, config, folder), str(folder))
+
+
+def _outlined(kind: Any, config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """A model without numbers: "meta" holds none."""
+    # There nothing is allocated, sdpa cannot look at masks, experts are grouped in bfloat16 only.
     try:
         with torch.device("meta"):
-            own = deepcopy(config)
-            model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16, attn_implementation="eager")
+            model: PreTrainedModel = kind.from_config(
+                deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+            )
     except Exception as error:  # each model class raises its own types
         where = folder / "config.json"
         raise BackboneError(where, expected="a configuration that makes a model", found=in_a_line(error)) from error
-    return config, measure(model, str(folder))
+    return model
 
 
 def find_folder(source: str | Path, revision: str | None) -> Path:

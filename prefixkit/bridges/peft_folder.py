@@ -1,15 +1,15 @@
-"""The folder that PEFT saves a prefix in: its adapter_config.json and its one tensor.
+"""The folder that PEFT saves a prefix or a prompt in: its adapter_config.json and its one tensor.
 
-PEFT keeps `prompt_embeddings` of [prefix, layers * 2 * kv_heads * head_dim], ordered slot, layer, key before value,
-head, dimension. With `prefix_projection` it stores the projected result, which is the same thing. Its
-`num_attention_heads` are the heads of keys and values, its `token_dim` is kv_heads * head_dim. Text begins at position
-`num_virtual_tokens`. Measured with PEFT 0.21.2.
+PEFT keeps `prompt_embeddings`. Of keys and values (PREFIX_TUNING, CARTRIDGE) it is [prefix, layers * 2 * kv_heads *
+head_dim], ordered slot, layer, key before value, head, dimension. With `prefix_projection` it stores the projected
+result, which is the same thing. Its `num_attention_heads` are the heads of keys and values, its `token_dim` is kv_heads
+* head_dim. Of a prompt (PROMPT_TUNING, P_TUNING: what its encoder makes) it is [prompt, hidden], and twice as many
+vectors for an encoder-decoder. Text begins at position `num_virtual_tokens`. Measured with PEFT 0.21.2.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,33 +27,53 @@ from prefixkit.prefix import Array
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _TENSOR = "prompt_embeddings"
 _NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_KINDS = ("PREFIX_TUNING", "CARTRIDGE")
-_SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A prefix as PEFT describes it: `length` slots in `layers` layers of `kv_heads` heads of `head_dim` dimensions.
+    """A prefix or a prompt as PEFT describes it.
 
     Attributes:
+        kind: one of `KEYS_AND_VALUES` or `PROMPTS`.
+        length: slots, or vectors.
+        width: of a slot in one layer, kv_heads * head_dim; of a vector.
+        layers, kv_heads: of keys and values.
         frozen: leading slots that training leaves alone; PEFT calls a prefix that has them, or may, a cartridge.
+        pair: whether it is for an encoder-decoder.
+        stacks: PEFT's `num_transformer_submodules`, by which it counts vectors and splits keys and values.
         base, revision: the name of the backbone; empty and None where unknown.
     """
 
     kind: str
     length: int
-    layers: int
-    kv_heads: int
-    head_dim: int
+    width: int
+    layers: int = 1
+    kv_heads: int = 1
     frozen: int = 0
+    pair: bool = False
+    stacks: int = 1
     base: str = ""
     revision: str | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """[prefix, layers, key or value, kv_heads, head_dim]: the tensor, unflattened."""
+    def is_prompt(self) -> bool:
+        """Whether it is vectors rather than keys and values."""
+        return self.kind in PROMPTS
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head of keys or values."""
+        return self.width // self.kv_heads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor: [prompt, hidden], or, unflattened, [prefix, layers, key or value, kv_heads, head_dim]."""
+        if self.is_prompt:
+            return self.length * self.stacks, self.width
         return self.length, self.layers, 2, self.kv_heads, self.head_dim
 
 
@@ -61,7 +81,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Array]:
     """What the folder describes, and its tensor in `Adapter.shape`.
 
     Raises:
-        FormatError: no such folder, damaged files, or an adapter that is no prefix of a decoder.
+        FormatError: no such folder, damaged files, or another kind of adapter.
     """
     adapter = _adapter(folder)
     return adapter, _flat(folder / WEIGHTS, adapter).reshape(adapter.shape)
@@ -70,7 +90,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Array]:
 def write_adapter(folder: str | Path, adapter: Adapter, tensor: Array) -> None:
     """Write a folder that PEFT loads, whole or not at all. Raises InputError where that cannot be done."""
     config = json.dumps(_config(adapter), indent=2, sort_keys=True)
-    flat = np.ascontiguousarray(tensor).reshape(adapter.length, -1)
+    flat = np.ascontiguousarray(tensor).reshape(adapter.shape[0], -1)
     with replacing_folder(folder, marker=CONFIG) as target:
         write_bytes(target / CONFIG, f"{config}\n".encode())
         write_stream(target / WEIGHTS, encode({_TENSOR: _stored(flat)}, {"format": "pt"}))
@@ -84,38 +104,46 @@ def _adapter(folder: Path) -> Adapter:
     stored = read_json(path.read_bytes(), path)
     if not isinstance(stored, dict):
         raise FormatError(path, expected="a JSON object", found=f"a {type(stored).__name__}")
-    _refuse_other_adapters(path, stored)
+    kind = stored.get("peft_type")
+    if kind not in (*KEYS_AND_VALUES, *PROMPTS):
+        expected = f"peft_type {', '.join(KEYS_AND_VALUES + PROMPTS[:-1])} or {PROMPTS[-1]}"
+        raise FormatError(path, expected=expected, found=repr(kind)[:80])
+    pair, stacks = _stacks(path, stored)
+    length = _count(path, stored, "num_virtual_tokens")
+    return Adapter(
+        kind=kind,
+        length=length,
+        width=_count(path, stored, "token_dim"),
+        pair=pair,
+        stacks=stacks,
+        base=str(stored.get("base_model_name_or_path") or ""),
+        revision=stored.get("revision"),
+        **({} if kind in PROMPTS else _of_keys_and_values(path, stored, length)),
+    )
+
+
+def _stacks(path: Path, stored: Mapping[str, Any]) -> tuple[bool, int]:
+    """Whether it is for an encoder-decoder, and `num_transformer_submodules`."""
+    asked = stored.get("task_type") == "SEQ_2_SEQ_LM"
+    stacks = stored.get("num_transformer_submodules") or 1 + asked
+    pair = asked or stacks == 2
+    # PEFT gives an encoder-decoder no keys and values that are split for a decoder.
+    allowed = (1, 2) if stored["peft_type"] in PROMPTS and pair else (1 + pair,)
+    if stacks not in allowed:
+        expected = f"num_transformer_submodules {' or '.join(map(str, allowed))} for its task_type"
+        raise FormatError(path, expected=expected, found=repr(stacks)[:80])
+    return pair, stacks
+
+
+def _of_keys_and_values(path: Path, stored: Mapping[str, Any], length: int) -> dict[str, int]:
     width, heads = _count(path, stored, "token_dim"), _count(path, stored, "num_attention_heads")
     if width % heads:
         expected = f"token_dim to be a multiple of its {heads} heads"
         raise FormatError(path, expected=expected, found=str(width))
-    length = _count(path, stored, "num_virtual_tokens")
     frozen = stored.get("num_frozen_tokens", 1) if stored["peft_type"] == "CARTRIDGE" else 0
     if type(frozen) is not int or not 0 <= frozen <= length:
         raise FormatError(path, expected=f"num_frozen_tokens of 0 to {length}", found=repr(frozen)[:80])
-    return Adapter(
-        kind=stored["peft_type"],
-        length=length,
-        layers=_count(path, stored, "num_layers"),
-        kv_heads=heads,
-        head_dim=width // heads,
-        frozen=frozen,
-        base=str(stored.get("base_model_name_or_path") or ""),
-        revision=stored.get("revision"),
-    )
-
-
-def _refuse_other_adapters(path: Path, stored: Mapping[str, Any]) -> None:
-    kind = stored.get("peft_type")
-    expected = "peft_type PREFIX_TUNING or CARTRIDGE"
-    if kind in _SOFT_PROMPTS:
-        step = "a later version imports soft prompts"
-        raise FormatError(path, expected=expected, found=f"{kind}, a soft prompt", next_step=step)
-    if kind not in _KINDS:
-        raise FormatError(path, expected=expected, found=repr(kind)[:80])
-    if stored.get("num_transformer_submodules") == 2 or stored.get("task_type") == "SEQ_2_SEQ_LM":
-        step = "a later version imports those"
-        raise FormatError(path, expected="a prefix of a decoder", found="one of an encoder-decoder", next_step=step)
+    return {"layers": _count(path, stored, "num_layers"), "kv_heads": heads, "frozen": frozen}
 
 
 def _count(path: Path, stored: Mapping[str, Any], name: str) -> int:
@@ -130,7 +158,8 @@ def _flat(path: Path, adapter: Adapter) -> Array:
         step = "load it with PEFT and save it again: save_pretrained writes safetensors"
         raise FormatError(path.parent, expected=WEIGHTS, found="adapter_model.bin, a pickle", next_step=step)
     header = read_header(path)
-    shape = (adapter.length, math.prod(adapter.shape[1:]))
+    rows = adapter.shape[0]
+    shape = (rows, int(np.prod(adapter.shape[1:], dtype=object)))
     others = sorted(set(header.tensors) - {_TENSOR})
     if others or not header.tensors:
         step = "this version imports prefixes without task heads" if others else ""
@@ -144,22 +173,22 @@ def _flat(path: Path, adapter: Adapter) -> Array:
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
-    width = adapter.kv_heads * adapter.head_dim
     config = {
         "base_model_name_or_path": adapter.base,
         "inference_mode": True,
-        "num_attention_heads": adapter.kv_heads,
-        "num_layers": adapter.layers,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": adapter.stacks,
         "num_virtual_tokens": adapter.length,
         "peft_type": adapter.kind,
         "revision": adapter.revision,
-        "task_type": "CAUSAL_LM",
-        "token_dim": width,
+        "task_type": "SEQ_2_SEQ_LM" if adapter.pair else "CAUSAL_LM",
+        "token_dim": adapter.width,
     }
+    if adapter.is_prompt:
+        return config
+    config |= {"num_attention_heads": adapter.kv_heads, "num_layers": adapter.layers}
     if adapter.kind == "CARTRIDGE":
         return {**config, "num_frozen_tokens": adapter.frozen}
-    return {**config, "encoder_hidden_size": width, "prefix_projection": False}
+    return {**config, "encoder_hidden_size": adapter.width, "prefix_projection": False}
 
 
 def _stored(array: Array) -> StoredTensor:

@@ -35,6 +35,8 @@ def import_(
     assert row.importer is not None
     imported: Prefix = function(row.importer)(source, backbone=backbone)
     bound = save(imported, output).manifest.backbone
+    for sentence in imported.manifest.provenance.config.get("lost", ()):
+        typer.echo(f"warning: {sentence}", err=True)
     if bound.weights_hash is None:
         typer.echo(f"weights of {bound.name} unknown: only its configuration will be checked; --backbone binds them")
     typer.echo(f"wrote {output} for {bound.name}")
