@@ -52,15 +52,34 @@ class Runtime:
 
 RUNTIMES: tuple[Runtime, ...] = (
     Runtime(
+        name="transformers",
+        title="transformers",
+        goes="keys and values, or a prompt, before the text of a decoder; a prefix for each row of a batch",
+        stays="padded text under a sliding window, which counts slots: attach takes it",
+        how="prefixkit.attach(model, prefix), or prefixkit.bridges.transformers_cache.dynamic_cache and static_cache; "
+        "back from a cache: prefixkit.bridges.transformers_capture.import_cache",
+        tried="5.23",
+    ),
+    Runtime(
         name="peft",
         title="PEFT",
-        goes="keys and values before the text of a decoder (prefix tuning, cartridges)",
-        stays="layers of different shapes: PEFT keeps one tensor for all of them",
+        goes="keys and values of a decoder, or of that of an encoder-decoder; prompts of both "
+        "(PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING)",
+        stays="layers of different shapes: PEFT keeps one tensor for all of them; text that does not start behind the "
+        "prefix; for encoder-decoders, keys and values of the encoder or between the two",
         exporter="prefixkit.bridges.peft:export_peft",
         importer="prefixkit.bridges.peft:import_peft",
         writes="a folder for PeftModel.from_pretrained",
         reads="a PEFT folder",
         tried="0.21",
+    ),
+    Runtime(
+        name="numpy",
+        title="numpy",
+        goes="keys and values, or a prompt, before the text of a Llama, Mistral, Qwen2 or Qwen3",
+        stays="sliding windows and scaled RoPE: it is the specification in less than 100 lines, to be read",
+        how="prefixkit.bridges.numpy_reference.logits(folder, tokens, prefix)",
+        tried="2.4",
     ),
     Runtime(
         name="onnxruntime-node",
