@@ -162,7 +162,7 @@ def _flat(path: Path, adapter: Adapter) -> Array:
     shape = (rows, int(np.prod(adapter.shape[1:], dtype=object)))
     others = sorted(set(header.tensors) - {_TENSOR})
     if others or not header.tensors:
-        step = "this version imports prefixes without task heads" if others else ""
+        step = "save it without modules_to_save: task heads are not imported" if others else ""
         raise FormatError(path, expected=f"only {_TENSOR}", found=others[0] if others else "nothing", next_step=step)
     entry = header.tensors[_TENSOR]
     if entry.shape != shape or entry.dtype not in _NUMPY:
