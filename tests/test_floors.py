@@ -55,6 +55,7 @@ FROM_FLOOR = {
     "llama_cpp": 5,
     "ray": 5,
     "vllm": 5,
+    "openvino": 5,
     "optuna": 5,
     "sqlalchemy": 5,
     "typer": 6,

@@ -1,0 +1,86 @@
+"""A model folder of onnxruntime-genai, with prefixes as its adapters.
+
+genai cannot be given a past: it begins every text with an empty one. So the prefix is an input of the graph
+(`prefixkit.bridges.prefixed_graph`), which an adapter fills, and genai counts, pads and rewinds tokens of the text
+alone. Measured with onnxruntime-genai 0.18.0; it depends on the CPU build of onnxruntime, which would overwrite the GPU
+build, so that it belongs into an environment of its own. The same folder serves onnxruntime without genai.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import onnx_ir as ir
+
+from prefixkit.bridges.carried import Carried
+from prefixkit.bridges.genai_config import genai_config, special_tokens
+from prefixkit.bridges.genai_readme import readme
+from prefixkit.bridges.onnx_adapter import inputs, model_version, write_adapter
+from prefixkit.bridges.portable import GRAPH, write_portable
+from prefixkit.bridges.prefixed_graph import prefixed
+from prefixkit.bridges.trial import as_past, logits, refuse_difference, session
+from prefixkit.format.atomic import replacing_folder
+from prefixkit.prefix import Prefix, key_values
+
+CONFIG = "genai_config.json"
+ADAPTERS = "adapters"
+TITLE = "onnxruntime-genai"
+
+
+def export_genai(prefix: Prefix, output: Path, *, backbone: str, dtype: str = "float32") -> Carried:
+    """Write `backbone` and `prefix` as the folder `output`, if and only if the graph computes what PyTorch computes.
+
+    The folder has `model.onnx` with its weights, tokenizer, `genai_config.json`, `adapters/NAME.onnx_adapter` and a
+    README.md with the code that runs it. `prefixkit export --onnx-adapter` makes further adapters for it.
+
+    Args:
+        backbone: folder or hub id.
+        dtype: of weights and cache, float32 or float16.
+
+    Raises:
+        FormatError: something besides keys and values, or a prompt, right before the text of a decoder.
+        ParityError: the graph computes something else than PyTorch; nothing is written.
+        InputError: another backbone, or a folder that cannot be written or holds other files.
+    """
+    with replacing_folder(output, marker=CONFIG) as folder:
+        made = write_portable(prefix, backbone, folder, dtype=dtype, runtime=TITLE)
+        _rewrite(folder / GRAPH, made.prefix)
+        _try(folder / GRAPH, made.prefix, dtype)
+        name = _name(made.prefix)
+        (folder / ADAPTERS).mkdir()
+        write_adapter(made.prefix, folder / ADAPTERS / f"{name}.onnx_adapter", dtype)
+        tokens = special_tokens(made.prefix, folder)
+        config = genai_config(made, tokens)
+        (folder / CONFIG).write_text(f"{json.dumps(config, indent=2, sort_keys=True)}\n", encoding="utf-8")
+        version = model_version(made.prefix.manifest.backbone)
+        text = readme(made.prefix, name, tokens, dtype, version)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    lost = ("template, stop tokens and positions of the task are the caller's to keep: genai knows tokens alone",)
+    return Carried(output=output, next=f"the code in {output / 'README.md'}", lost=lost)
+
+
+def _rewrite(path: Path, prefix: Prefix) -> None:
+    """Give the graph at `path` its prefix inputs; the weights beside it stay as they are."""
+    backbone = prefix.manifest.backbone
+    model = ir.load(path)
+    prefixed(model)
+    model.metadata_props["prefixkit.model_version"] = str(model_version(backbone))
+    model.metadata_props["prefixkit.weights_hash"] = str(backbone.weights_hash)
+    ir.save(model, path)
+
+
+def _try(graph: Path, prefix: Prefix, dtype: str) -> None:
+    """A prefix as an input must do what it does as the past, which is what was compared with PyTorch."""
+    past, loaded = as_past(key_values(prefix), dtype), session(graph)
+    empty = {name: array[:, :, :0] for name, array in past.items()}
+    given = inputs(prefix, dtype)
+    length = prefix.manifest.injections[0].length or 0
+    refuse_difference(graph.name, logits(loaded, {**empty, **given}, 0), logits(loaded, past, length), "an adapter")
+
+
+def _name(prefix: Prefix) -> str:
+    """The name of the adapter's file: that of the task, where it can be one."""
+    name = prefix.manifest.task.name if prefix.manifest.task is not None else ""
+    return name if re.fullmatch(r"\w[\w-]{0,63}", name, re.ASCII) else "prefix"

@@ -1,0 +1,109 @@
+"""The README.md of a genai folder: the code that runs it, and what genai leaves to its caller."""
+
+from __future__ import annotations
+
+from prefixkit.bridges.genai_config import SpecialTokens
+from prefixkit.format.manifest import TaskRecord
+from prefixkit.prefix import Prefix
+
+_TEXT = """# {backbone} with prefixes, for onnxruntime-genai
+
+Written by prefixkit from an export whose logits were compared with PyTorch's. Backbone `{backbone}`, weights
+`{weights}`, {dtype}. Each file in `adapters/` is a prefix; the one in `{name}` has {length} slots.
+
+```python
+import numpy as np
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="false")
+adapters = og.Adapters(model)
+adapters.load("adapters/{name}.onnx_adapter", "{name}")
+
+
+def encode(text):  # as the prefix of `{name}` was trained
+    return [{bos}*tokenizer.encode({template}.replace("{{input}}", text)), *tokenizer.encode({separator})]
+
+
+def write(texts, prefix=None, new_tokens=40):
+    rows = [encode(text) for text in texts]
+    width = max(map(len, rows))
+    params = og.GeneratorParams(model)
+    params.set_search_options(batch_size=len(rows), max_length=width + new_tokens)
+    generator = og.Generator(model, params)
+    if prefix is not None:
+        generator.set_active_adapter(adapters, prefix)
+    padded = [row + [{pad}] * (width - len(row)) for row in rows]
+    generator.append_tokens(np.array(padded, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [tokenizer.decode(generator.get_sequence(row)[width:]) for row in range(len(rows))]
+
+
+print(write(["a text", "and another one"], "{name}"))
+print(write(["a text"]))  # the backbone alone
+```
+
+{task}
+- `set_active_adapter` comes before `append_tokens`, and holds for all rows of its generator. Rows with different
+  prefixes are different generators.
+- Lengths and positions are those of the text: `rewind_to(n)` keeps n tokens of it, whatever the prefix.
+- genai pads on the right, and takes whatever token {pad} (`pad_token_id`) a row of several ends with for padding: a
+  prompt must end with another.
+- `context_length` leaves {length} of the backbone's positions to the prefix. Lower it, and `max_length`, by what a
+  longer prefix has more.
+
+Another prefix for this backbone:
+
+```bash
+prefixkit export --onnx-adapter OTHER{option} -o adapters/other.onnx_adapter
+```
+
+Neither genai nor ONNX Runtime compares an adapter with the model. Both carry the number {version} for these weights:
+the graph as `prefixkit.model_version` in its metadata, the adapter as
+`AdapterFormat.read_adapter(path).get_model_version()`.
+
+onnxruntime-genai depends on the CPU build of ONNX Runtime, which overwrites the GPU build: give it an environment of
+its own. Without genai, ONNX Runtime runs the same files:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+adapter = onnxruntime.LoraAdapter()
+adapter.Load("adapters/{name}.onnx_adapter")
+options = onnxruntime.RunOptions()
+options.add_active_adapter(adapter)
+# session.run(None, inputs, options): past_key_values.N.key|value begin with length 0; past, attention_mask and
+# position_ids speak of the text only. Without the adapter, the same session is the backbone alone.
+```
+"""
+
+
+def readme(prefix: Prefix, name: str, tokens: SpecialTokens, dtype: str, version: int) -> str:
+    """The text for a folder of `dtype` whose adapter for `prefix` is called `name`; `version` is the model's."""
+    backbone, task = prefix.manifest.backbone, prefix.manifest.task
+    plain = task is not None and task.chat_template_hash is None
+    return _TEXT.format(
+        backbone=backbone.name,
+        weights=backbone.weights_hash,
+        dtype=dtype,
+        name=name,
+        length=prefix.manifest.injections[0].length,
+        bos=f"{tokens.bos}, " if task is not None and task.bos == "after" else "",
+        template=repr(task.input_template if task is not None and plain else "{input}"),
+        separator=repr(task.separator if task is not None and plain else ""),
+        pad=tokens.pad,
+        task=_contract(task),
+        option="" if dtype == "float32" else f" --dtype {dtype}",
+        version=version,
+    )
+
+
+def _contract(task: TaskRecord | None) -> str:
+    if task is None:
+        return "The prefix states no task: what its prompts look like is for its maker to say.\n"
+    if task.chat_template_hash is not None:
+        return "Prompts go through the tokenizer's chat template: `tokenizer.apply_chat_template` in `encode`.\n"
+    return f"Text ends with {' or '.join(f'`{stop}`' for stop in task.stop)}, which `eos_token_id` has.\n"
