@@ -17,7 +17,7 @@ import onnx_ir as ir
 from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.genai_config import genai_config, special_tokens
 from prefixkit.bridges.genai_readme import readme
-from prefixkit.bridges.onnx_adapter import inputs, model_version, write_adapter
+from prefixkit.bridges.onnx_adapter import inputs, lost_in, model_version, write_adapter
 from prefixkit.bridges.portable import GRAPH, write_portable
 from prefixkit.bridges.prefixed_graph import prefixed
 from prefixkit.bridges.trial import as_past, logits, refuse_difference, session
@@ -47,7 +47,7 @@ def export_genai(prefix: Prefix, output: Path, *, backbone: str, dtype: str = "f
     with replacing_folder(output, marker=CONFIG) as folder:
         made = write_portable(prefix, backbone, folder, dtype=dtype, runtime=TITLE)
         _rewrite(folder / GRAPH, made.prefix)
-        _try(folder / GRAPH, made.prefix, dtype)
+        check_adapter(folder / GRAPH, made.prefix, dtype)
         name = _name(made.prefix)
         (folder / ADAPTERS).mkdir()
         write_adapter(made.prefix, folder / ADAPTERS / f"{name}.onnx_adapter", dtype)
@@ -57,8 +57,17 @@ def export_genai(prefix: Prefix, output: Path, *, backbone: str, dtype: str = "f
         version = model_version(made.prefix.manifest.backbone)
         text = readme(made.prefix, name, tokens, dtype, version)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    lost = ("template, stop tokens and positions of the task are the caller's to keep: genai knows tokens alone",)
+    lost = lost_in(made.prefix, dtype)
     return Carried(output=output, next=f"the code in {output / 'README.md'}", lost=lost)
+
+
+def check_adapter(graph: Path, prefix: Prefix, dtype: str) -> None:
+    """Raise ParityError where a prefix as inputs does not do what it does as the past, which PyTorch confirmed."""
+    past, loaded = as_past(key_values(prefix), dtype), session(graph)
+    empty = {name: array[:, :, :0] for name, array in past.items()}
+    given = inputs(prefix, dtype)
+    length = prefix.manifest.injections[0].length or 0
+    refuse_difference(graph.name, logits(loaded, {**empty, **given}, 0), logits(loaded, past, length), "an adapter")
 
 
 def _rewrite(path: Path, prefix: Prefix) -> None:
@@ -69,15 +78,6 @@ def _rewrite(path: Path, prefix: Prefix) -> None:
     model.metadata_props["prefixkit.model_version"] = str(model_version(backbone))
     model.metadata_props["prefixkit.weights_hash"] = str(backbone.weights_hash)
     ir.save(model, path)
-
-
-def _try(graph: Path, prefix: Prefix, dtype: str) -> None:
-    """A prefix as an input must do what it does as the past, which is what was compared with PyTorch."""
-    past, loaded = as_past(key_values(prefix), dtype), session(graph)
-    empty = {name: array[:, :, :0] for name, array in past.items()}
-    given = inputs(prefix, dtype)
-    length = prefix.manifest.injections[0].length or 0
-    refuse_difference(graph.name, logits(loaded, {**empty, **given}, 0), logits(loaded, past, length), "an adapter")
 
 
 def _name(prefix: Prefix) -> str:

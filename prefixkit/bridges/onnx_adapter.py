@@ -38,10 +38,10 @@ def export_onnx_adapter(prefix: Prefix, output: Path, *, dtype: str = "float32")
         InputError: numbers that `dtype` cannot hold, or a file that cannot be written; what was there stays.
     """
     write_adapter(prefix, output, dtype)
-    lost = [f"task, provenance and digests stay in the prefix file: {TITLE} has tensors alone"]
+    lost = lost_in(prefix, dtype)
     if prefix.manifest.backbone.weights_hash is None:
-        lost.append("the weights of the backbone are unknown, so that its model version is 0")
-    return Carried(output=output, next=f'adapter = onnxruntime.LoraAdapter(); adapter.Load("{output}")', lost=(*lost,))
+        lost = (*lost, "the weights of the backbone are unknown, so that the adapter's model version is 0")
+    return Carried(output=output, next=f'adapter = onnxruntime.LoraAdapter(); adapter.Load("{output}")', lost=lost)
 
 
 def write_adapter(prefix: Prefix, output: Path, dtype: str) -> None:
@@ -65,6 +65,16 @@ def inputs(prefix: Prefix, dtype: str = "float32") -> dict[str, Array]:
     tensors = converted(prefix, "decoder", "self", np.dtype(dtype))
     names = [name % layer for layer in range(len(tensors) // 2) for name in PREFIX]
     return {name: tensor[None] for name, tensor in zip(names, tensors, strict=True)}
+
+
+def lost_in(prefix: Prefix, dtype: str) -> tuple[str, ...]:
+    """What a graph of `dtype` cannot hold of `prefix`."""
+    stored = {str(array.dtype) for array in prefix.tensors.values()} - {dtype}
+    return (
+        (f"numbers were rounded from {' and '.join(sorted(stored))} to float16",)
+        if dtype == "float16" and stored
+        else ()
+    )
 
 
 def model_version(backbone: BackboneIdentity) -> int:

@@ -53,8 +53,9 @@ def converted(prefix: Prefix, stack: str, attention: str, dtype: np.dtype[Any]) 
     tensors = tuple(array for pair in key_values(prefix, stack=stack, attention=attention) for array in pair)
     if all(array.dtype == dtype for array in tensors):
         return tuple(map(np.ascontiguousarray, tensors))
-    # float32 first: bfloat16 reaches float16 only through it.
-    made = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)
+    with np.errstate(over="ignore"):
+        # float32 first: bfloat16 reaches float16 only through it.
+        made = tuple(np.ascontiguousarray(array.astype(np.float32).astype(dtype)) for array in tensors)
     if not all(np.isfinite(array).all() for array in made):
         raise InputError(
             f"prefix for {prefix.manifest.backbone.name}",
