@@ -18,7 +18,7 @@ from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.genai_config import genai_config, special_tokens
 from prefixkit.bridges.genai_readme import readme
 from prefixkit.bridges.onnx_adapter import inputs, lost_in, model_version, write_adapter
-from prefixkit.bridges.portable import GRAPH, write_portable
+from prefixkit.bridges.portable import GRAPH, MARKER, write_portable
 from prefixkit.bridges.prefixed_graph import prefixed
 from prefixkit.bridges.trial import as_past, logits, refuse_difference, session
 from prefixkit.format.atomic import replacing_folder
@@ -33,7 +33,8 @@ def export_genai(prefix: Prefix, output: Path, *, backbone: str, dtype: str = "f
     """Write `backbone` and `prefix` as the folder `output`, if and only if the graph computes what PyTorch computes.
 
     The folder has `model.onnx` with its weights, tokenizer, `genai_config.json`, `adapters/NAME.onnx_adapter` and a
-    README.md with the code that runs it. `prefixkit export --onnx-adapter` makes further adapters for it.
+    README.md with the code that runs it. `prefixkit export --onnx-adapter` makes further adapters for it. A folder that
+    this function wrote is replaced, whatever adapters are in it.
 
     Args:
         backbone: folder or hub id.
@@ -44,7 +45,7 @@ def export_genai(prefix: Prefix, output: Path, *, backbone: str, dtype: str = "f
         ParityError: the graph computes something else than PyTorch; nothing is written.
         InputError: another backbone, or a folder that cannot be written or holds other files.
     """
-    with replacing_folder(output, marker=CONFIG) as folder:
+    with replacing_folder(output, marker=MARKER) as folder:
         made = write_portable(prefix, backbone, folder, dtype=dtype, runtime=TITLE)
         _rewrite(folder / GRAPH, made.prefix)
         check_adapter(folder / GRAPH, made.prefix, dtype)

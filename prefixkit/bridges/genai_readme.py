@@ -9,9 +9,12 @@ from prefixkit.prefix import Prefix
 _TEXT = """# {backbone} with prefixes, for onnxruntime-genai
 
 Written by prefixkit from an export whose logits were compared with PyTorch's. Backbone `{backbone}`, weights
-`{weights}`, {dtype}. Each file in `adapters/` is a prefix; the one in `{name}` has {length} slots.
+`{weights}`, {dtype}.
+Each file in `adapters/` is a prefix; `{name}` has {length} slots.
 
 ```python
+from itertools import takewhile
+
 import numpy as np
 import onnxruntime_genai as og
 
@@ -38,7 +41,10 @@ def write(texts, prefix=None, new_tokens=40):
     generator.append_tokens(np.array(padded, dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return [tokenizer.decode(generator.get_sequence(row)[width:]) for row in range(len(rows))]
+    written = [generator.get_sequence(row)[width:] for row in range(len(rows))]
+    # What has ended is filled up with padding.
+    ended = [list(takewhile(lambda id_: id_ not in {ends}, row)) for row in written]
+    return [tokenizer.decode(np.array(row, dtype=np.int32)) for row in ended]
 
 
 print(write(["a text", "and another one"], "{name}"))
@@ -70,6 +76,7 @@ its own. Without genai, ONNX Runtime runs the same files:
 ```python
 import onnxruntime
 
+onnxruntime.set_default_logger_severity(3)  # it warns of every input that has a default
 session = onnxruntime.InferenceSession("model.onnx")
 adapter = onnxruntime.LoraAdapter()
 adapter.Load("adapters/{name}.onnx_adapter")
@@ -95,6 +102,7 @@ def readme(prefix: Prefix, name: str, tokens: SpecialTokens, dtype: str, version
         template=repr(task.input_template if task is not None and plain else "{input}"),
         separator=repr(task.separator if task is not None and plain else ""),
         pad=tokens.pad,
+        ends=tokens.ends,
         task=_contract(task),
         option="" if dtype == "float32" else f" --dtype {dtype}",
         version=version,

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.openvino import EXACT, TITLE, start, stateful
-from prefixkit.bridges.portable import GRAPH, write_portable
+from prefixkit.bridges.portable import GRAPH, MARKER, write_portable
 from prefixkit.bridges.trial import ROWS, as_past, logits, refuse_difference, session, text
 from prefixkit.errors import ConfigError
 from prefixkit.format.atomic import replacing_folder
@@ -76,7 +76,7 @@ def export_openvino(prefix: Prefix, output: Path, *, backbone: str) -> Carried:
         InputError: another backbone, or a folder that cannot be written or holds other files.
     """
     core = _core()
-    with replacing_folder(output, marker=MODEL) as folder:
+    with replacing_folder(output, marker=MARKER) as folder:
         made = write_portable(prefix, backbone, folder, dtype="float32", runtime=TITLE)
         length = made.prefix.manifest.injections[0].length or 0
         expected = logits(session(folder / GRAPH), as_past(key_values(made.prefix)), length)

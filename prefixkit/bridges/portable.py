@@ -13,6 +13,8 @@ from prefixkit.bridges.decoder_prefix import keys_and_values
 from prefixkit.prefix import Prefix, load
 
 GRAPH = "model.onnx"
+MARKER = "prefixkit.json"
+"""By which a folder of ours is known: other tools write folders with the same names in them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Portable:
 
 
 def write_portable(prefix: Prefix, backbone: str, folder: Path, *, dtype: str, runtime: str) -> Portable:
-    """Write `model.onnx`, its weights, and configuration and tokenizer of `backbone` into `folder`, which exists.
+    """Write `model.onnx`, its weights, `MARKER`, configuration and tokenizer of `backbone` into `folder`, which exists.
 
     Args:
         runtime: its title, for what it cannot take.
@@ -53,6 +55,8 @@ def write_portable(prefix: Prefix, backbone: str, folder: Path, *, dtype: str, r
     for file in [path for path in made.rglob("*") if path.is_file()]:
         file.rename(folder / file.name)
     shutil.rmtree(made)
+    told = {"version": 1, **{name: facts[name] for name in ("prefixkit", "backbone", "versions", "parity")}}
+    (folder / MARKER).write_text(f"{json.dumps(told, indent=2, sort_keys=True)}\n", encoding="utf-8")
     return Portable(folded, facts)
 
 

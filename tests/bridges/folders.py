@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,7 +16,7 @@ from prefixkit.bridges.genai import export_genai
 from prefixkit.bridges.onnx_adapter import export_onnx_adapter
 from prefixkit.injections import KeyValuePrefix, injection
 from prefixkit.prefix import Array, Prefix
-from tests.exported import backbone, random_prefix, root
+from tests.exported import backbone, exported, random_prefix, root
 from tests.ragged import alone
 
 STEPS = 12
@@ -32,8 +34,15 @@ def prefixes(family: str) -> dict[str, Prefix]:
 @cache
 def genai(family: str) -> Path:
     """What `export --genai` writes for the first of `prefixes`, and the second as a further adapter in it."""
+
+    def copied(prefix: Prefix, backbone: str, out_dir: Path, **options: str) -> None:
+        copytree(exported(family).folder, out_dir)
+
     folder, both = root() / f"genai-{family}", prefixes(family)
-    export_genai(both["say"], folder, backbone=str(backbone(family)))
+    with pytest.MonkeyPatch.context() as patched:
+        # The same export that other tests have, of the same prefix.
+        patched.setattr("prefixkit.export.onnx.export_onnx", copied)
+        export_genai(both["say"], folder, backbone=str(backbone(family)))
     export_onnx_adapter(both["other"], folder / "adapters" / "other.onnx_adapter")
     return folder
 

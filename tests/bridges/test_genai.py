@@ -154,7 +154,7 @@ def test_an_adapter_that_does_something_else_is_noticed(monkeypatch: pytest.Monk
 def test_what_is_refused(tmp_path: Path) -> None:
     prefix = prefixes("gpt2")["say"]
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").touch()
+    (tmp_path / "mine" / "genai_config.json").touch()
     with pytest.raises(InputError, match="found other files in it"):
         genai.export_genai(prefix, tmp_path / "mine", backbone=str(backbone("gpt2")))
     with pytest.raises(
