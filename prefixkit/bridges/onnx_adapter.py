@@ -69,12 +69,10 @@ def inputs(prefix: Prefix, dtype: str = "float32") -> dict[str, Array]:
 
 def lost_in(prefix: Prefix, dtype: str) -> tuple[str, ...]:
     """What a graph of `dtype` cannot hold of `prefix`."""
-    stored = {str(array.dtype) for array in prefix.tensors.values()} - {dtype}
-    return (
-        (f"numbers were rounded from {' and '.join(sorted(stored))} to float16",)
-        if dtype == "float16" and stored
-        else ()
-    )
+    stored = sorted({str(array.dtype) for array in prefix.tensors.values()} - {dtype})
+    if dtype != "float16" or not stored:
+        return ()
+    return (f"numbers were rounded from {' and '.join(stored)} to float16",)
 
 
 def model_version(backbone: BackboneIdentity) -> int:

@@ -33,9 +33,8 @@ def prefixed(model: ir.Model) -> None:
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     pasts = list(_layers(inputs, INPUTS["past_key_names"], INPUTS["past_value_names"]))
-    presents = list(
-        _layers({value.name: value for value in graph.outputs}, *(OUTPUTS[f"present_{role}_names"] for role in _ROLES))
-    )
+    outputs = {value.name: value for value in graph.outputs}
+    presents = list(_layers(outputs, OUTPUTS["present_key_names"], OUTPUTS["present_value_names"]))
     if not pasts or len(pasts) != len(presents) or INPUTS["attention_mask"] not in inputs:
         expected, found = "a graph with past_key_values.N.key|value and attention_mask", ", ".join(map(str, inputs))
         raise FormatError("graph", expected=expected, found=found[:120], next_step="write it with --onnx")
@@ -55,9 +54,6 @@ def prefixed(model: ir.Model) -> None:
     before.put()
     for present in presents:
         _cut(graph, present, [length, end, axis])
-
-
-_ROLES = ("key", "value")
 
 
 class _Before:
@@ -94,6 +90,7 @@ class _Before:
 
 
 def _layers(values: dict[str | None, ir.Value], *patterns: str) -> Iterator[ir.Value]:
+    """Those called after `patterns`, layer by layer."""
     layer = 0
     while all(pattern % layer in values for pattern in patterns):
         yield from (values[pattern % layer] for pattern in patterns)
