@@ -60,8 +60,9 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
         raise FormatError(path, expected="the .pt file of a cartridge", found=found, next_step="check the path")
     _refuse_other_archives(path)
     try:
-        with torch.serialization.safe_globals([nn.ParameterList]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file: of a path torch takes the ending for the format.
+        with torch.serialization.safe_globals([nn.ParameterList]), path.open("rb") as file:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives and forbidden names come as errors of many types
         found = _forbidden(path) or f"a file that cannot be read ({type(error).__name__})"
         step = "if you trust its maker, load it there and save the four lists alone"
