@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from examples.web.voices import VOICES, Voice
+from examples.web.voices import VOICES, Voice, parse
 from prefixkit.prefix import load
 from prefixkit.quickstart import BACKBONE, E2E
 from prefixkit.training.config import from_mapping
@@ -62,9 +62,10 @@ def renamed(pairs: Iterator[tuple[str, str]], draw: random.Random) -> Iterator[t
 def write_examples(voice: Voice, source: Path, path: Path) -> None:
     """The examples of `voice` from an E2E file, as JSONL."""
     with path.open("w", encoding="utf-8") as output:
-        for pair in renamed(lines(source), random.Random(SEED)):
-            input_, target = voice.example(*pair)
-            output.write(json.dumps({"input": input_, "target": target}, ensure_ascii=False) + "\n")
+        for attributes, sentence in renamed(lines(source), random.Random(SEED)):
+            if voice.wants(parse(attributes), sentence):
+                given, target = voice.example(attributes, sentence)
+                output.write(json.dumps({"input": given, "target": target}, ensure_ascii=False) + "\n")
 
 
 def make(voice: Voice, folder: Path) -> None:
