@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "examples").glob("*.py"))
 # What has no main is what others import.
-SHORT = {"few_shot_templates": ["2", "2"], "methods_side_by_side": ["2", "4"]}
+SHORT = {"few_shot_templates": ["2", "2"], "five_prefixes": ["8"], "methods_side_by_side": ["2", "4"]}
 """What makes a run short, where that is more than two steps."""
 EXAMPLES = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
 
