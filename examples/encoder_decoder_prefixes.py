@@ -83,7 +83,7 @@ class Comparison:
             device="cpu",
             method=method_settings(arm.method),
             optimizer=OptimizerConfig(lr=rate, warmup_steps=steps // 10),
-            evaluation=EvaluationConfig(every=steps, limit=128),
+            evaluation=EvaluationConfig(every=steps, limit=128 if steps > 10 else 8),
         )
         return prepare(config, load_backbone(self.backbone))
 

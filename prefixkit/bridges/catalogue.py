@@ -31,6 +31,7 @@ class Runtime:
         writes, reads: what the exporter writes and the importer reads, for the help of the flags.
         settings: what `--set NAME=VALUE` may choose when exporting; the first value is the default.
         backbone: whether the exporter needs `--backbone`.
+        asks: whether the task goes too: how inputs are written, where answers end.
         extra: of the package, for what the runtime's side of the bridge needs.
         tried: the release that the tests run, or why they run none.
     """
@@ -47,6 +48,7 @@ class Runtime:
     reads: str = ""
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     backbone: bool = False
+    asks: bool = False
     extra: str | None = None
 
 
@@ -108,6 +110,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         writes="a model folder with the prefix as an adapter",
         settings=MappingProxyType({"dtype": ("float32", "float16")}),
         backbone=True,
+        asks=True,
         tried="0.18",
     ),
     Runtime(
@@ -118,6 +121,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         exporter="prefixkit.bridges.openvino_folder:export_openvino",
         writes="a stateful model with the prefix",
         backbone=True,
+        asks=True,
         extra="openvino",
         tried="2026.4",
     ),

@@ -156,7 +156,12 @@ def required_task(where: Path, task: Any) -> Any:
     from prefixkit.errors import ConfigError
 
     if task is None:
-        raise ConfigError(where, expected="a usage contract (task)", found="none", next_step="train a prefix with one")
+        raise ConfigError(
+            where,
+            expected="a usage contract (task)",
+            found="none",
+            next_step="train a prefix with one, or import it with --task",
+        )
     return task
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixkit.bridges.catalogue import Runtime, chosen, function, runtime
+from prefixkit.bridges.catalogue import runtime
+from prefixkit.cli.carry import carry, options_of
 from prefixkit.cli.runtime_flags import one_of, with_flags
 from prefixkit.errors import ConfigError
 
@@ -38,9 +39,9 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file or folder to write.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the model that the prefix is for.")] = None,
     target: Annotated[
-        str,
-        typer.Option(help="portable: one graph that every ONNX runtime knows; cuda: graphs for `prefixkit serve`."),
-    ] = "portable",
+        str | None,
+        typer.Option(help="portable, the default: one graph for every ONNX runtime; cuda: graphs for `serve`."),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of --onnx: float32, the default, or float16; bfloat16 for --target cuda. See `runtimes`."),
@@ -62,66 +63,48 @@ def export(
 ) -> None:
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
     form = one_of("export", {"onnx": onnx, "triton": triton, **runtimes}, "a form to export to")
-    graph = {
-        "target": (target, "portable"),
-        "baked": (baked, False),
-        "weights": (weights, None),
-        "quantize": (quantize, None),
-    }
-    if form != "onnx":
-        _only_for_onnx(form, {**graph, "allow-mismatch": (allow_mismatch, False)})
-    if form == "triton":
-        _only_for_onnx(form, {"dtype": (dtype, None), "set": (settings, None)})
-        _triton(prefix, output)
-        return
-    if form != "onnx":
-        named = dict(_assignment(setting) for setting in settings or ())
-        row = runtime(form)
-        _carried(_carry(row, prefix, output, backbone, named if dtype is None else {"dtype": dtype, **named}), as_json)
-        return
-    if output is None or backbone is None:
-        missing = "--output" if output is None else "--backbone"
-        raise ConfigError("export --onnx", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    options = {"dtype": dtype or "float32", "target": target, "baked": baked, "weights": weights}
-    options |= {"quantize": quantize, "allow_mismatch": allow_mismatch}
-    _show(_onnx(prefix, backbone, output, options), as_json)
+    graph = {"target": target, "dtype": dtype, "baked": baked, "weights": weights, "quantize": quantize}
+    given = {**graph, "allow-mismatch": allow_mismatch, "backbone": backbone, "set": settings, "json": as_json}
+    given = {name: value for name, value in given.items() if value}
+    _refuse_without_effect(form, given)
+    if form == "onnx":
+        options = {"dtype": dtype or "float32", "target": target or "portable", "baked": baked, "weights": weights}
+        options |= {"quantize": quantize, "allow_mismatch": allow_mismatch}
+        written, source = _required(form, {"--output": output, "--backbone": backbone})
+        _show(_onnx(prefix, source, written, options), as_json)
+    elif form == "triton":
+        folder, written = _required(form, {"a folder that --onnx wrote": prefix, "--output": output})
+        _triton(folder, written, as_json)
+    else:
+        file, written = _required(form, {"a prefix file": prefix, "--output": output})
+        _show_carried(carry(runtime(form), file, written, backbone, settings or (), dtype), as_json)
 
 
-def _only_for_onnx(form: str, options: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuse an option that would have no effect: of each its value, and what stands for not given."""
-    for name, (value, absent) in options.items():
-        if value != absent:
-            step = "leave it out"
-            raise ConfigError(f"export --{form}", expected=f"no --{name}", found=str(value), next_step=step)
+_OPTIONS: Mapping[str, set[str]] = {
+    "onnx": {"target", "dtype", "baked", "weights", "quantize", "allow-mismatch", "backbone", "json"},
+    "triton": {"json"},
+}
+"""What has an effect, by form; for those of the catalogue, its rows say so."""
 
 
-def _assignment(setting: str) -> tuple[str, str]:
-    name, equals, value = setting.partition("=")
-    if not equals:
-        raise ConfigError("--set", expected="name=value", found=repr(setting))
-    return name, value
+def _refuse_without_effect(form: str, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in (_OPTIONS[form] if form in _OPTIONS else options_of(runtime(form))):
+            found = ", ".join(value) if isinstance(value, list) else str(value)
+            step = "leave it out; see `prefixkit runtimes`"
+            raise ConfigError(f"export --{form}", expected=f"no --{name}", found=found, next_step=step)
 
 
-def _carry(
-    row: Runtime, prefix: Path | None, output: Path | None, backbone: str | None, settings: Mapping[str, str]
-) -> Carried:
-    from prefixkit.cli.training_display import quiet_transformers
-    from prefixkit.prefix import load
-
-    assert row.exporter is not None
-    needed = {"a prefix file": prefix, "--output": output} | ({"--backbone": backbone} if row.backbone else {})
-    for name, value in needed.items():
+def _required(form: str, values: Mapping[str, Any]) -> Iterator[Any]:
+    """The values, in order. Raises ConfigError for one that was not given."""
+    for name, value in values.items():
         if value is None:
             step = "see `prefixkit export --help`"
-            raise ConfigError(f"export --{row.name}", expected=name, found="none", next_step=step)
-    assert prefix is not None
-    given = dict(chosen(row, settings)) | ({"backbone": backbone} if row.backbone else {})
-    quiet_transformers()
-    done: Carried = function(row.exporter)(load(prefix), output, **given)
-    return done
+            raise ConfigError(f"export --{form}", expected=name, found="none", next_step=step)
+        yield value
 
 
-def _carried(done: Carried, as_json: bool) -> None:
+def _show_carried(done: Carried, as_json: bool) -> None:
     if as_json:
         document = {"version": 1, "output": str(done.output), "lost": list(done.lost), "next": done.next}
         typer.echo(json.dumps(document, sort_keys=True))
@@ -132,14 +115,14 @@ def _carried(done: Carried, as_json: bool) -> None:
     typer.echo(f"next: {done.next}")
 
 
-def _triton(folder: Path | None, output: Path | None) -> None:
+def _triton(folder: Path, output: Path, as_json: bool) -> None:
     from prefixkit.export.triton import write_triton
 
-    if folder is None or output is None:
-        missing = "a folder that --onnx wrote" if folder is None else "--output"
-        raise ConfigError("export --triton", expected=missing, found="none", next_step="see `prefixkit export --help`")
-    models = write_triton(folder, output)
-    typer.echo(f"wrote {output}: {', '.join(model.name for model in models)}")
+    models = [model.name for model in write_triton(folder, output)]
+    if as_json:
+        typer.echo(json.dumps({"version": 1, "output": str(output), "models": models}, sort_keys=True))
+        return
+    typer.echo(f"wrote {output}: {', '.join(models)}")
     typer.echo(f"next: {output}/README.md, and tritonserver --model-repository={output}")
 
 

@@ -162,7 +162,7 @@ def test_models_whose_attention_does_more_stay_padded(monkeypatch: pytest.Monkey
     )
 
 
-@pytest.mark.parametrize("family", ["gemma2", pytest.param("gpt2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("gemma2", marks=pytest.mark.matrix)])
 def test_a_compiled_stack_reads_packed_rows_in_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, but for the kernels: rows of several lengths, blocks for each window, one graph without breaks."""
     monkeypatch.setattr(packing, "_in_blocks", lambda model: True)

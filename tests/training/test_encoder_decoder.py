@@ -223,7 +223,10 @@ def test_exports_that_cannot_be_are_refused_before_any_work(
             "--baked: expected a decoder; found an encoder-decoder",
         ),
         (["--onnx", *backbone, "--dtype", "float16"], "--dtype: expected float32 for an encoder-decoder"),
-        (["--peft", str(tmp_path / "p")], "keys and values of a decoder alone; found a prefix for an encoder-decoder"),
+        (
+            ["--peft", str(tmp_path / "p")],
+            "keys and values in a decoder's own attention; found key_value_prefix.decoder",
+        ),
     ):
         assert run(["export", *asked, *out]) == 2
         line = capfd.readouterr().err.strip()
