@@ -16,6 +16,7 @@ FLOORS: dict[str, int] = {
     "prefixkit.spelling": 0,
     "prefixkit.format": 0,
     "prefixkit.prefix": 1,
+    "prefixkit.rounding": 1,
     "prefixkit.task": 1,
     "prefixkit.algebra": 2,
     "prefixkit.serving": 2,

@@ -13,7 +13,7 @@ import numpy as np
 
 from prefixkit.algebra.derived import Derived, derived, refuse_strangers, shared_task
 from prefixkit.errors import ConfigError
-from prefixkit.format.manifest import InjectionRecord
+from prefixkit.format.manifest import InjectionRecord, Positions
 from prefixkit.prefix import Array, Prefix
 
 
@@ -32,8 +32,8 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None) 
     records = [_shared([prefix.manifest.injections for prefix in prefixes], index) for index in _indices(prefixes)]
     tensors = {name: _mean(name, [prefix.tensors[name] for prefix in prefixes], shares) for name in prefixes[0].tensors}
     task, notes = shared_task(prefixes)
-    made = derived(prefixes, {"operation": "average", "weights": shares}, records, tensors, task=task)
-    return Derived(made, notes)
+    operation = {"operation": "average", "weights": shares}
+    return derived(prefixes, operation, records, tensors, task=task, notes=notes)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -55,13 +55,20 @@ def _shared(columns: Sequence[Sequence[InjectionRecord]], index: int) -> Injecti
     others = [_like(first, records) for records in columns[1:]]
     for number, other in enumerate(others, start=2):
         for part in ("length", "positions", "reads"):
-            expected, found = getattr(first, part), getattr(other, part)
+            expected, found = _said(getattr(first, part)), _said(getattr(other, part))
             if expected != found:
                 where = f"average: prefix {number}: {first.kind}"
-                raise ConfigError(where, expected=f"{part} {expected}, as in the first", found=str(found))
+                raise ConfigError(where, expected=f"{part} {expected}, as in the first", found=found)
     tokens = first.token_ids if all(other.token_ids == first.token_ids for other in others) else None
     frozen = [record.frozen_slots for record in (first, *others) if record.frozen_slots is not None]
     return replace(first, token_ids=tokens, frozen_slots=min(frozen) if first.frozen_slots is not None else None)
+
+
+def _said(value: object) -> str:
+    if not isinstance(value, Positions):
+        return "none" if value is None else str(value)
+    prefix = "takes positions" if value.prefix_takes_positions else "takes none"
+    return f"with text from {value.text_start} and a prefix that {prefix}"
 
 
 def _like(first: InjectionRecord, records: Sequence[InjectionRecord]) -> InjectionRecord:

@@ -18,7 +18,7 @@ import numpy as np
 
 from prefixkit.algebra.derived import Derived, derived, refuse_strangers, shared_task
 from prefixkit.algebra.rotation import Rotation
-from prefixkit.algebra.slots import moved, placed, refuse_too_long, slots_of, turns, with_room
+from prefixkit.algebra.slots import moved, placed, refuse_too_long, refuse_unmovable, slots_of, turned, with_room
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import InjectionRecord
 from prefixkit.prefix import Array, Prefix
@@ -32,22 +32,28 @@ def compose(prefixes: Sequence[Prefix], *, rotations: Sequence[Rotation] | None 
 
     Raises:
         ConfigError: fewer than two, other injections or dtypes, no slots, no room left, keys that would have to turn.
+        FormatError: keys that, turned, are beyond their dtype.
         MismatchError: another backbone.
     """
     refuse_strangers(prefixes, "compose")
     parts = [sorted(slots_of(prefix, "compose"), key=_place) for prefix in prefixes]
-    records, tensors = [], {}
-    for column in zip(*parts, strict=True):
-        records.append(_joined([record for record, _ in column]))
-        refuse_too_long(prefixes[0], records[-1].length or 0, "compose")
+    refuse_unmovable(prefixes[0], "compose")
+    columns = list(zip(*parts, strict=True))
+    records = [_joined([record for record, _ in column]) for column in columns]
+    for record in records:
+        refuse_too_long(prefixes[0], record.length or 0, "compose")
+    tensors: dict[str, Array] = {}
+    for column in columns:
         tensors.update(_concatenated(prefixes, column, rotations))
+    operation = {
+        "operation": "compose",
+        "lengths": [[record.length for record, _ in column] for column in columns],
+        "positions": [_fate(prefixes[0], record, rotations) for record in records],
+    }
     task, notes = shared_task(prefixes)
-    told = [_told(prefixes[0], record) for record in records]
-    lengths = [[record.length for record, _ in column] for column in zip(*parts, strict=True)]
-    operation = {"operation": "compose", "lengths": lengths, "positions": told}
+    told = dict.fromkeys(_told(prefixes[0], record, rotations) for record in records)
     room = with_room(task, prefixes[0].manifest.backbone, records)
-    made = derived(prefixes, operation, records, tensors, task=room)
-    return Derived(made, (*dict.fromkeys(told), *notes))
+    return derived(prefixes, operation, records, tensors, task=room, notes=(*told, *notes))
 
 
 _Part = tuple[InjectionRecord, dict[str, int]]
@@ -62,11 +68,16 @@ def _concatenated(
     prefixes: Sequence[Prefix], column: Sequence[_Part], rotations: Sequence[Rotation] | None
 ) -> dict[str, Array]:
     starts = accumulate((record.length or 0 for record, _ in column), initial=0)
-    where = list(zip(prefixes, (record for record, _ in column), starts, strict=False))
-    return {
-        name: np.concatenate([moved(prefix, record, name, start, rotations) for prefix, record, start in where], axis)
-        for name, axis in column[0][1].items()
-    }
+    parts = list(zip(prefixes, (record for record, _ in column), starts, strict=False))
+
+    def joined(name: str, axis: int) -> Array:
+        arrays = [
+            moved(prefix, record, name, start, rotations, f"compose: prefix {number}")
+            for number, (prefix, record, start) in enumerate(parts, start=1)
+        ]
+        return np.concatenate(arrays, axis)
+
+    return {name: joined(name, axis) for name, axis in column[0][1].items()}
 
 
 def _joined(records: Sequence[InjectionRecord]) -> InjectionRecord:
@@ -85,12 +96,20 @@ def _joined(records: Sequence[InjectionRecord]) -> InjectionRecord:
     )
 
 
-def _told(prefix: Prefix, record: InjectionRecord) -> str:
+def _fate(prefix: Prefix, record: InjectionRecord, rotations: Sequence[Rotation] | None) -> str:
+    """What became of the joined `record`: the model computes vectors anew, keys were `turned` or are as they were."""
+    if record.kind != "key_value_prefix":
+        return "computed"
+    return "turned" if turned(prefix, record, rotations) else "kept"
+
+
+def _told(prefix: Prefix, record: InjectionRecord, rotations: Sequence[Rotation] | None) -> str:
     """What is exact in the joined `record`, and what is a choice."""
     apart = "each part as it is alone, seeing nothing of those before it (a choice)"
-    if record.kind != "key_value_prefix":
+    fate = _fate(prefix, record, rotations)
+    if fate == "computed":
         return "the model reads the vectors of all parts as one prompt"
-    if turns(prefix, record):
+    if fate == "turned":
         return f"keys turned to the positions where they now stand; {apart}"
     if record.positions is not None and record.positions.prefix_takes_positions:
         return f"keys as they are, those of a real text still of the positions where it was read (a choice); {apart}"

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefixkit import __version__
+from prefixkit.algebra.inherited import shared_backbone, shared_rounding
 from prefixkit.errors import ConfigError, MismatchError
-from prefixkit.format.manifest import InjectionRecord, Provenance, TaskRecord
+from prefixkit.format.manifest import InjectionRecord, Manifest, Provenance, TaskRecord
 from prefixkit.prefix import Array, Prefix, content_of, matches
 
 
@@ -33,21 +34,22 @@ def derived(
     tensors: dict[str, Array],
     *,
     task: TaskRecord | None,
-) -> Prefix:
-    """The prefix that `operation` makes of `parents`: the backbone is the first one's, the provenance its own."""
+    notes: Sequence[str] = (),
+) -> Derived:
+    """What `operation` makes of `parents`: of the backbone it states what all of them do, the provenance is its own."""
     ours = [parent.manifest.provenance for parent in parents]
     alone = ours[0] if len(ours) == 1 else None
+    (backbone, unbound), (rounding, mixed) = shared_backbone(parents), shared_rounding(parents)
     provenance = Provenance(
         method="+".join(dict.fromkeys(one.method for one in ours)),
         prefixkit=__version__,
-        config=dict(operation),
+        config={**operation, **rounding},
         seed=alone.seed if alone else None,
         data_hash=alone.data_hash if alone else None,
         parents=tuple(content_of(parent) for parent in parents),
     )
-    first = parents[0].manifest
-    manifest = replace(first, injections=tuple(records), task=task, provenance=provenance, content=None)
-    return Prefix(manifest, tensors)
+    manifest = Manifest(backbone=backbone, injections=tuple(records), task=task, provenance=provenance)
+    return Derived(Prefix(manifest, tensors), (*notes, *unbound, *mixed))
 
 
 def refuse_strangers(prefixes: Sequence[Prefix], what: str) -> None:
@@ -55,14 +57,17 @@ def refuse_strangers(prefixes: Sequence[Prefix], what: str) -> None:
 
     Raises:
         ConfigError: fewer than two; other injections than the first one's; other dtypes.
-        MismatchError: another backbone than the first one's.
+        MismatchError: another backbone than one before it.
     """
     if len(prefixes) < 2:
         raise ConfigError(what, expected="two prefixes or more", found=str(len(prefixes)))
     first = prefixes[0]
     for number, other in enumerate(prefixes[1:], start=2):
         where = f"{what}: prefix {number}"
-        _refuse_another_backbone(first, other, where)
+        # With each: one that does not know its weights agrees with two that differ.
+        for earlier, before in enumerate(prefixes[: number - 1], start=1):
+            whose = "the first one's backbone" if earlier == 1 else f"the backbone of prefix {earlier}"
+            _refuse_another_backbone(before, other, where, whose)
         expected, found = _kinds(first), _kinds(other)
         if expected != found:
             raise ConfigError(where, expected=f"{expected[:_SHOWN]}, as in the first", found=found[:_SHOWN])
@@ -89,12 +94,11 @@ def shared_task(prefixes: Sequence[Prefix]) -> tuple[TaskRecord | None, tuple[st
     return kept, (f"tasks differ: the first one's ({kept.name}) is kept, not that of {', '.join(others)}",)
 
 
-def _refuse_another_backbone(first: Prefix, other: Prefix, where: str) -> None:
+def _refuse_another_backbone(one: Prefix, other: Prefix, where: str, whose: str) -> None:
     try:
-        matches(first, other.manifest.backbone)
+        matches(one, other.manifest.backbone)
     except MismatchError as error:
-        expected = f"the first one's backbone, {error.expected}"
-        raise MismatchError(where, expected=expected, found=error.found) from error
+        raise MismatchError(where, expected=f"{whose}, {error.expected}", found=error.found) from error
 
 
 def _kinds(prefix: Prefix) -> str:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from prefixkit.algebra.rotation import Rotation
 from prefixkit.errors import ConfigError
 from prefixkit.format import names
 from prefixkit.format.manifest import BackboneIdentity, InjectionRecord, Positions, TaskRecord
 from prefixkit.prefix import Array, Prefix
+from prefixkit.rounding import rounded
 
 _WITHOUT_ROTATION = (
-    *("albert", "bart", "bert", "bloom", "deit", "dinov2", "dinov2_with_registers", "distilbert", "electra"),
-    *("gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "roberta", "t5", "vit"),
+    *("gpt2", "opt", "bloom", "bart", "t5", "bert", "roberta", "electra", "distilbert"),
+    *("vit", "deit", "dinov2", "dinov2_with_registers"),
 )
-"""Families that turn no keys. A family that is not here and states no RoPE parameters may turn them all the same."""
+"""Families of the tests that turn no keys. Another one that states no RoPE parameters may turn them all the same."""
+_PLACES = {"slots": "in slots of the text", "after_first": "behind the first token of the text"}
 
 
-def slots_of(prefix: Prefix, what: str) -> Iterator[tuple[InjectionRecord, dict[str, int]]]:
+def slots_of(prefix: Prefix, what: str) -> list[tuple[InjectionRecord, dict[str, int]]]:
     """Each injection of `prefix`, and the axis of the slots in each of its tensors.
 
     Raises:
-        ConfigError: an injection without slots, or one whose slots are places of the text.
+        ConfigError: an injection without slots, or one whose slots do not stand before the text.
     """
     for record in prefix.manifest.injections:
-        upon_text = record.placement == "slots" or record.mode == "add"
-        if record.length is None or upon_text:
-            found = f"{record.kind} upon places of the text" if upon_text else record.kind
+        place = _PLACES.get(record.placement or "", "added to the text" if record.mode == "add" else "")
+        if record.length is None or place:
+            found = f"{record.kind} {place}".rstrip()
             raise ConfigError(what, expected="keys and values or prompts before the text", found=found)
-        yield record, _axes(record, prefix.manifest.backbone)
+    backbone = prefix.manifest.backbone
+    return [(record, _axes(record, backbone)) for record in prefix.manifest.injections]
 
 
 def placed(record: InjectionRecord, length: int, what: str) -> Positions | None:
@@ -43,7 +48,8 @@ def placed(record: InjectionRecord, length: int, what: str) -> Positions | None:
         return positions
     if positions.text_start != record.length:
         expected = f"text that starts at {record.length}, behind the prefix, or at 0 with one that takes no positions"
-        raise ConfigError(what, expected=expected, found=f"text that starts at {positions.text_start}")
+        found = f"text that starts at {positions.text_start} with one that takes positions"
+        raise ConfigError(what, expected=expected, found=found)
     return replace(positions, text_start=length)
 
 
@@ -55,23 +61,53 @@ def turns(prefix: Prefix, record: InjectionRecord) -> bool:
     return record.kind == "key_value_prefix" and takes and rotary
 
 
-def moved(prefix: Prefix, record: InjectionRecord, name: str, by: int, rotations: Sequence[Rotation] | None) -> Array:
+def turned(prefix: Prefix, record: InjectionRecord, rotations: Sequence[Rotation] | None) -> bool:
+    """Whether `rotations` turn keys of `record`: those of a model with ALiBi were measured, and turn none."""
+    return turns(prefix, record) and any(len(rotation.frequencies) for rotation in rotations or ())
+
+
+def refuse_unmovable(prefix: Prefix, what: str) -> None:
+    """Refuse keys that turn, or may, where no backbone helps, as it is none whose rotation can be measured.
+
+    Raises:
+        ConfigError: such keys of an encoder.
+    """
+    backbone = prefix.manifest.backbone
+    if "encoder" in backbone.stacks and any(turns(prefix, record) for record in prefix.manifest.injections):
+        raise ConfigError(
+            what,
+            expected="keys of a decoder, or of an encoder without rotary positions",
+            found=f"those of {backbone.family}, an encoder that turns them, or may",
+            next_step="they cannot be moved; train them in one piece",
+        )
+
+
+def moved(
+    prefix: Prefix, record: InjectionRecord, name: str, by: int, rotations: Sequence[Rotation] | None, where: str
+) -> Array:
     """The tensor `name` of `record`, with its slots moved by `by` positions from where a prefix stands alone.
+
+    Args:
+        where: what a message names.
 
     Raises:
         ConfigError: it would have to be turned, and nobody says how.
+        FormatError: turned, its numbers are beyond its dtype.
     """
     array, parsed = prefix.tensors[name], names.parse(name)
     if not by or not turns(prefix, record) or parsed is None or parsed.role != "key" or parsed.layer is None:
         return array
     if rotations is None:
+        backbone = prefix.manifest.backbone
         raise ConfigError(
-            "keys of a model with rotary positions",
+            f"keys of {backbone.family}, which {'turn' if backbone.rope else 'may turn'} with their positions",
             expected=f"the backbone, to move them by {by} positions",
             found="none",
-            next_step=f"add --backbone with {prefix.manifest.backbone.name}",
+            next_step=f"add --backbone with {backbone.name}",
         )
-    return rotations[parsed.layer].moved(array, max(0, -by), by)
+    exact = rotations[parsed.layer].moved(array.astype(np.float64), max(0, -by), by)
+    step = "`prefixkit cast --dtype float32` first"
+    return rounded(exact, array.dtype.name, where=f"{where}: {name}, turned", otherwise=step)
 
 
 def refuse_too_long(prefix: Prefix, length: int, what: str) -> None:

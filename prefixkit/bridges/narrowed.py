@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from prefixkit.errors import FormatError
 from prefixkit.prefix import Array
-
-_NUMPY: Mapping[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+from prefixkit.rounding import rounded
 
 Pair = tuple[Array, Array]
 
@@ -26,12 +22,12 @@ def narrowed(pairs: Sequence[Pair], dtype: str, *, otherwise: str) -> tuple[list
     Raises:
         FormatError: numbers beyond what `dtype` can say.
     """
-    with np.errstate(over="ignore"):
-        cast = [(key.astype(_NUMPY[dtype]), value.astype(_NUMPY[dtype])) for key, value in pairs]
-    arrays = list(zip(chain.from_iterable(pairs), chain.from_iterable(cast), strict=True))
-    if not all(np.isfinite(after).all() for _, after in arrays):
-        largest = max(float(np.abs(before.astype(np.float32)).max()) for before, _ in arrays)
-        expected = f"numbers up to {float(ml_dtypes.finfo(_NUMPY[dtype]).max):g} for {dtype}"
-        raise FormatError("prefix", expected=expected, found=f"{largest:g}", next_step=otherwise)
-    apart = max(float(np.abs(before.astype(np.float64) - after.astype(np.float64)).max()) for before, after in arrays)
+    before = list(chain.from_iterable(pairs))
+    after = [rounded(array, dtype, where="prefix", otherwise=otherwise) for array in before]
+    apart = max(float(np.abs(_wide(ours) - _wide(theirs)).max()) for ours, theirs in zip(before, after, strict=True))
+    cast = list(zip(after[::2], after[1::2], strict=True))
     return cast, (f"{dtype} rounds the prefix, by {apart:.1g} at most",) if apart else ()
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float64)

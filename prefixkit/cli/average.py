@@ -24,11 +24,10 @@ def average(
 ) -> None:
     """Average prefixes number by number, as of runs that began alike."""
     from prefixkit.algebra import average as averaged
-    from prefixkit.cli.derive import write
-    from prefixkit.prefix import load
+    from prefixkit.cli.derive import read, write
 
     shares = None if weights is None else _numbers(weights)
-    write(averaged([load(path) for path in prefixes], shares), output, prefixes)
+    write(averaged(read(prefixes, output, "average"), shares), output, prefixes)
 
 
 def _numbers(text: str) -> list[float]:

@@ -20,7 +20,7 @@ def cast(
 ) -> None:
     """Store a prefix in another dtype; says what rounding did, and refuses numbers that do not fit."""
     from prefixkit.algebra import cast as converted
-    from prefixkit.cli.derive import write
-    from prefixkit.prefix import load
+    from prefixkit.cli.derive import read, write
 
-    write(converted(load(prefix), dtype), output, [prefix])
+    (loaded,) = read([prefix], output, "cast")
+    write(converted(loaded, dtype), output, [prefix])

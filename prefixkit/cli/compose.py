@@ -23,8 +23,7 @@ def compose(
 ) -> None:
     """Put prefixes one behind the other. Soft prompts become one prompt; keys and values stay each part's own."""
     from prefixkit.algebra import compose as composed
-    from prefixkit.cli.derive import rotations_of, write
-    from prefixkit.prefix import load
+    from prefixkit.cli.derive import read, rotations_of, write
 
-    loaded = [load(path) for path in prefixes]
-    write(composed(loaded, rotations=rotations_of(backbone, loaded[0])), output, prefixes)
+    loaded = read(prefixes, output, "compose")
+    write(composed(loaded, rotations=rotations_of(backbone, loaded, "compose")), output, prefixes)

@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 def slice_(
     prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
-    slots: Annotated[str, typer.Argument(help="START:STOP, as Python slices: :16, 16:, -8: for the last eight.")],
+    slots: Annotated[
+        str,
+        typer.Argument(help="START:STOP, as Python slices: :16, 16:, -8: for the last eight, or all where fewer are."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The prefix file to write.")],
     backbone: Annotated[
         str | None,
@@ -26,12 +29,11 @@ def slice_(
 ) -> None:
     """Keep some of a prefix's slots, as a prefix that begins at position 0."""
     from prefixkit.algebra import cut
-    from prefixkit.algebra.slice import bounds
-    from prefixkit.cli.derive import rotations_of, write
-    from prefixkit.prefix import load
+    from prefixkit.algebra.slice import bounds, spans_of
+    from prefixkit.cli.derive import read, rotations_of, write
 
-    loaded = load(prefix)
-    length = next((record.length for record in loaded.manifest.injections if record.length is not None), 0)
-    start, stop = bounds(slots, length)
-    turned = rotations_of(backbone, loaded, moved=start != 0)
+    start, stop = bounds(slots)
+    (loaded,) = read([prefix], output, "slice")
+    moved = any(span.start for span in spans_of(loaded, start, stop))
+    turned = rotations_of(backbone, [loaded], "slice", moved=moved)
     write(cut(loaded, start, stop, rotations=turned), output, [prefix])

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from prefixkit.algebra import Rotation, compose, cut
+from prefixkit.algebra import Rotation, cast, compose, cut
 from prefixkit.backbones.attach import attach
 from prefixkit.backbones.encoder_decoder import EncoderDecoder
 from prefixkit.backbones.load import load_backbone, load_decoder
 from prefixkit.backbones.rotation import rotations
-from prefixkit.errors import BackboneError, ConfigError, MismatchError
+from prefixkit.errors import BackboneError, ConfigError, FormatError, MismatchError
 from prefixkit.format.manifest import InjectionRecord, Manifest, Positions, Provenance
 from prefixkit.injections import KeyValuePrefixes, injection, records_of
 from prefixkit.prefix import Prefix, content_of, load, save
@@ -69,6 +69,7 @@ def test_contexts_are_what_the_model_computes_of_them_apart(
     decoder = load_decoder(folder)
     one, two = capture(decoder, FIRST), capture(decoder, SECOND)
     both = compose([one, two], rotations=rotations(decoder)).prefix
+    assert both.manifest.provenance.config["positions"] == ["turned"]
     first, second = ids(decoder, one, FIRST), ids(decoder, two, SECOND)
     shift, total = first.shape[1], first.shape[1] + second.shape[1]
     model = model_in(folder)
@@ -146,7 +147,7 @@ def test_the_file_says_what_it_is_made_of(tmp_path: Path) -> None:
     assert stored.provenance.parents[1] == save(two, tmp_path / "b").manifest.content
     assert stored.provenance.config["operation"] == "compose"
     assert stored.provenance.config["lengths"] == [[3, 4]]
-    assert stored.provenance.config["positions"] == [made.notes[0]]
+    assert stored.provenance.config["positions"] == ["kept"]
     assert "keys as they are" in made.notes[0]
     assert (stored.provenance.metrics, stored.provenance.seed) == ({}, None)
     assert stored.task is not None
@@ -213,6 +214,51 @@ def rotary(prefix: Prefix) -> Prefix:
     return Prefix(replace(prefix.manifest, backbone=backbone), prefix.tensors)
 
 
+def unheard_of(prefix: Prefix) -> Prefix:
+    backbone = replace(prefix.manifest.backbone, family="gpt_neo")
+    return Prefix(replace(prefix.manifest, backbone=backbone), prefix.tensors)
+
+
+def test_a_family_without_rotary_positions_is_measured_where_it_is_not_known() -> None:
+    one = unheard_of(small_prefix(seed=1))
+    made = compose([one, one], rotations=[Rotation(np.zeros(0, np.float32))] * 2)
+    assert made.prefix.manifest.provenance.config["positions"] == ["kept"]
+    assert "keys as they are" in made.notes[0]
+    assert made.prefix.tensors["decoder.self.layers.0.key"][:, 3:].tobytes() == (
+        one.tensors["decoder.self.layers.0.key"].tobytes()
+    )
+
+
+def test_keys_of_an_encoder_with_rotary_positions_cannot_be_moved() -> None:
+    one = changed(rotary(small_prefix()), stack="encoder")
+    backbone = one.manifest.backbone
+    backbone = replace(backbone, family="modernbert", stacks={"encoder": backbone.stacks["decoder"]})
+    tensors = {name.replace("decoder", "encoder"): array for name, array in one.tensors.items()}
+    reading = Prefix(replace(one.manifest, backbone=backbone), tensors)
+    told = "expected keys of a decoder, .* found those of modernbert, an encoder that .*; train them in one piece"
+    for move in (lambda: compose([reading, reading]), lambda: cut(reading, 1, None)):
+        with pytest.raises(ConfigError, match=told):
+            move()
+    assert cut(reading, None, 2).prefix.manifest.injections[0].length == 2
+    still = changed(reading, positions=Positions(text_start=0, prefix_takes_positions=False))
+    assert compose([still, still]).prefix.manifest.injections[0].length == 6
+
+
+def test_turned_beyond_float16_is_told_with_its_place() -> None:
+    large, turn = rotary(small_prefix(dtype=np.float16)), [Rotation(np.array([1.0, 0.1], np.float32))] * 2
+    tensors = {name: np.full_like(array, 6e4) for name, array in large.tensors.items()}
+    parts = [large, Prefix(large.manifest, tensors)]
+    with pytest.raises(FormatError) as caught:
+        compose(parts, rotations=turn)
+    told = (
+        "compose: prefix 2: decoder.self.layers.0.key, turned: expected numbers up to 65504 for float16; found 75051.4"
+    )
+    assert str(caught.value).startswith(told)
+    assert str(caught.value).endswith("; `prefixkit cast --dtype float32` first")
+    wide = [cast(part, "float32").prefix for part in parts]
+    assert np.abs(compose(wide, rotations=turn).prefix.tensors["decoder.self.layers.0.key"]).max() > 65504
+
+
 def test_what_cannot_be_composed_is_refused() -> None:
     one = small_prefix()
     head = InjectionRecord(kind="task_head", labels=2, reads="first")
@@ -230,9 +276,13 @@ def test_what_cannot_be_composed_is_refused() -> None:
         ([with_head, with_head], "expected keys and values or prompts before the text; found task_head"),
         ([one, nowhere], "expected prefixes that all take positions, or none; found some of each"),
         ([elsewhere, elsewhere], "expected text that starts at 3, behind the prefix"),
-        ([changed(one, placement="slots")] * 2, "found key_value_prefix upon places of the text"),
+        ([elsewhere, elsewhere], "found text that starts at 1 with one that takes positions"),
+        ([changed(one, placement="slots")] * 2, "found key_value_prefix in slots of the text"),
+        ([changed(elsewhere, placement="after_first")] * 2, "found key_value_prefix behind the first token of the"),
+        ([changed(elsewhere, kind="hidden_prompt", mode="add")] * 2, "found hidden_prompt added to the text"),
         ([one] * 11, "expected at most 30 slots (a context of 32, 2 left for text); found 33"),
         ([rotary(one), rotary(one)], "expected the backbone, to move them by 3 positions; found none; add --backbone"),
+        ([unheard_of(one)] * 2, "keys of gpt_neo, which may turn with their positions: expected the backbone"),
     ):
         with pytest.raises(ConfigError) as caught:
             compose(parts)
@@ -299,12 +349,28 @@ def test_prefixes_of_an_encoder_decoder_are_joined_in_each_place(tmp_path: Path)
         for manifest, part in zip(manifests, parts, strict=True)
     )
     save(compose([one, two]).prefix, tmp_path / "both")
+    assert_each_place_is_cut_by_its_own_length(one, two)
     both = injection(load(tmp_path / "both"))
     assert isinstance(both, KeyValuePrefixes)
     backbone.refuse_unplaceable(both)
     assert [part.length for part in both.parts] == [7, 7, 7]
     for name, array in load(tmp_path / "both").tensors.items():
         assert array.tobytes() == np.concatenate([one.tensors[name], two.tensors[name]], axis=1).tobytes()
+
+
+def assert_each_place_is_cut_by_its_own_length(short: Prefix, long: Prefix) -> None:
+    """With the encoder's slots of `long` and all others of `short`."""
+    records = [
+        theirs if ours.stack == "encoder" else ours
+        for ours, theirs in zip(short.manifest.injections, long.manifest.injections, strict=True)
+    ]
+    tensors = {name: (long if name.startswith("encoder") else short).tensors[name] for name in short.tensors}
+    made = cut(Prefix(replace(short.manifest, injections=tuple(records)), tensors), 1, None).prefix
+    lengths = {(record.stack, record.attention): record.length for record in made.manifest.injections}
+    assert lengths == {("decoder", "self"): 2, ("decoder", "cross"): 2, ("encoder", "self"): 3}
+    for name, array in tensors.items():
+        assert made.tensors[name].tobytes() == array[:, 1:].tobytes()
+    assert sorted(made.manifest.provenance.config["slots"]) == [[1, 3], [1, 3], [1, 4]]
 
 
 def test_rotation_of_neighbours() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from prefixkit.algebra import apart, average, cast, cut
-from prefixkit.algebra.slice import bounds
-from prefixkit.errors import ConfigError, InputError
+from prefixkit.algebra.slice import bounds, spans_of
+from prefixkit.errors import ConfigError, FormatError, InputError
 from prefixkit.format.manifest import InjectionRecord, Positions
 from prefixkit.prefix import Prefix, content_of, load, save
 from tests.prefixes import small_prefix
@@ -25,24 +25,37 @@ def changed(prefix: Prefix, **changes: Any) -> Prefix:
     return Prefix(replace(prefix.manifest, injections=(replace(record, **changes),)), prefix.tensors)
 
 
-@pytest.mark.parametrize(
-    ("text", "slots"),
-    [(":", (0, 8)), (":3", (0, 3)), ("3:", (3, 8)), ("2:5", (2, 5)), ("-3:", (5, 8)), ("1:-1", (1, 7))],
-)
-def test_bounds_are_read_as_python_reads_them(text: str, slots: tuple[int, int]) -> None:
-    assert bounds(text, 8) == slots
+@pytest.mark.parametrize("text", [":", ":3", "3:", "2:5", "-3:", "1:-1", " 0 : 8", "-20:", "3:20", "-20:-6"])
+def test_bounds_are_read_as_python_reads_them(text: str) -> None:
+    start, stop = bounds(text)
+    begin, _, end = text.partition(":")
+    expected = list(range(8))[slice(*(int(part) if part else None for part in (begin, end)))]
+    (span,) = spans_of(small_prefix(length=8), start, stop)
+    assert list(span) == expected
 
 
-@pytest.mark.parametrize("text", ["3", "1:2:3", "a:b", "", "1.5:3"])
+@pytest.mark.parametrize("text", ["3", "1:2:3", "a:b", "", "1.5:3", "\u0661:\u0663", "1_0:", "--1:", "9" * 5000 + ":"])
 def test_other_bounds_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected START:STOP; found"):
-        bounds(text, 8)
+        bounds(text)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 4), (2, 2), (3, 3), (2, 1), (-1, 2)])
-def test_slots_that_are_not_there(start: int, stop: int) -> None:
-    with pytest.raises(ConfigError, match=f"START below STOP, within 0 and 3; found {start}:{stop}"):
+@pytest.mark.parametrize(("start", "stop", "shown"), [(2, 2, "2:2"), (2, 1, "2:1"), (3, None, "3:"), (None, -3, ":-3")])
+def test_slots_that_are_not_there(start: int | None, stop: int | None, shown: str) -> None:
+    with pytest.raises(ConfigError, match=f"slice: decoder.self: expected some of 3 slots; found none in {shown}$"):
         cut(small_prefix(), start, stop)
+
+
+def test_everything_is_judged_before_anything_is_moved() -> None:
+    one = small_prefix()
+    backbone = replace(one.manifest.backbone, family="llama", rope={"rope_type": "default"})
+    head = InjectionRecord(kind="task_head", labels=2, reads="first")
+    manifest = replace(one.manifest, backbone=backbone, injections=(*one.manifest.injections, head), task=None)
+    with_head = Prefix(manifest, {**one.tensors, "head.weight": np.ones((2, 8)), "head.bias": np.ones(2)})
+    with pytest.raises(
+        ConfigError, match="slice: expected keys and values or prompts before the text; found task_head"
+    ):
+        cut(with_head, 1, 3)
 
 
 def test_a_slice_says_so(tmp_path: Path) -> None:
@@ -55,7 +68,7 @@ def test_a_slice_says_so(tmp_path: Path) -> None:
     for name, array in whole.tensors.items():
         assert stored.tensors[name].tobytes() == array[:, 2:5].tobytes()
     provenance = stored.manifest.provenance
-    assert provenance.config == {"operation": "slice", "start": 2, "stop": 5, "keys_turned": False}
+    assert provenance.config == {"operation": "slice", "slots": [[2, 5]], "keys_turned": False}
     assert provenance.parents == (content_of(whole),)
     assert (provenance.method, provenance.seed, provenance.metrics) == ("prefix-tuning", 7, {})
 
@@ -113,7 +126,11 @@ def test_prefixes_that_have_no_mean() -> None:
     one = small_prefix()
     for other, told in (
         (small_prefix(length=4), "average: prefix 2: key_value_prefix: expected length 3, as in the first; found 4"),
-        (changed(one, positions=Positions(text_start=5)), "expected positions Positions"),
+        (
+            changed(one, positions=Positions(text_start=0, prefix_takes_positions=False)),
+            "expected positions with text from 3 and a prefix that takes positions, as in the first; "
+            "found with text from 0 and a prefix that takes none",
+        ),
         (small_prefix(dtype=np.float16), "`prefixkit cast --dtype float32` it first"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -154,14 +171,14 @@ def test_a_cast_says_what_rounding_did() -> None:
 def test_numbers_that_do_not_fit() -> None:
     one = small_prefix()
     tensors = {**one.tensors, KEY: np.full((2, 3, 4), -7e4, np.float32)}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(FormatError) as caught:
         cast(Prefix(one.manifest, tensors), "float16")
-    told = "numbers within 65504, the largest of float16; found 70000; use bfloat16, whose range is float32's"
+    told = f"cast: {KEY}: expected numbers up to 65504 for float16; found 70000; use bfloat16, whose range is float32's"
     assert told in str(caught.value)
     tensors[KEY][:] = 65519
     assert cast(Prefix(one.manifest, tensors), "float16").prefix.tensors[KEY].max() == 65504
     tensors[KEY][:] = 3.4e38
-    with pytest.raises(ConfigError, match=r"largest of bfloat16; found 3\.4e\+38; keep it in float32"):
+    with pytest.raises(FormatError, match=r"for bfloat16; found 3\.4e\+38; keep it in float32"):
         cast(Prefix(one.manifest, tensors), "bfloat16")
     with pytest.raises(ConfigError, match="expected float16, bfloat16, float32; found 'int8'"):
         cast(one, "int8")

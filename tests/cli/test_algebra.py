@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prefixkit.cli import run
-from prefixkit.prefix import load, save
+from prefixkit.prefix import Prefix, load, save
 from tests.prefixes import small_prefix
 
 Folder = Callable[..., Path]
@@ -68,8 +69,9 @@ def test_moving_keys_with_a_backbone(backbone_folder: Folder, tmp_path: Path, ca
     length, key = load(one).manifest.injections[0].length, "decoder.self.layers.1.key"
     assert length is not None
     assert np.abs(load(both).tensors[key][:, length:] - load(one).tensors[key]).max() > 1
-    assert run(["slice", both, f"{length}:", "-o", both, "--backbone", folder]) == 0
-    assert np.abs(load(both).tensors[key] - load(one).tensors[key]).max() <= 5e-6
+    back = str(tmp_path / "c")
+    assert run(["slice", both, f"{length}:", "-o", back, "--backbone", folder]) == 0
+    assert np.abs(load(back).tensors[key] - load(one).tensors[key]).max() <= 5e-6
 
 
 def test_a_backbone_is_compared_even_where_nothing_moves(backbone_folder: Folder, tmp_path: Path, capsys: Out) -> None:
@@ -125,6 +127,37 @@ def test_diff(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
     assert len(json.loads(capsys.readouterr().out)["tensors"]) == 4
 
 
+def test_nothing_is_written_over_its_own_parent(files: tuple[str, str], capsys: Out) -> None:
+    first, second = files
+    before = Path(first).read_bytes()
+    for arguments in (
+        ["cast", first, "--dtype", "float16"],
+        ["slice", first, ":2"],
+        ["compose", second, first],
+        ["average", first, second],
+    ):
+        assert run([*arguments, "-o", first]) == 2, arguments
+        told = f"{arguments[0]}: {first}: expected an output beside the inputs; found one of the inputs"
+        assert told in capsys.readouterr().err
+        assert Path(first).read_bytes() == before
+
+
+def test_an_encoder_is_not_asked_for_a_backbone_in_vain(tmp_path: Path, capsys: Out) -> None:
+    one, path = small_prefix(), str(tmp_path / "p")
+    backbone = replace(
+        one.manifest.backbone,
+        family="modernbert",
+        rope={"rope_type": "default"},
+        stacks={"encoder": one.manifest.backbone.stacks["decoder"]},
+    )
+    records = tuple(replace(record, stack="encoder") for record in one.manifest.injections)
+    tensors = {name.replace("decoder", "encoder"): array for name, array in one.tensors.items()}
+    save(Prefix(replace(one.manifest, backbone=backbone, injections=records), tensors), path)
+    for extra in ([], ["--backbone", str(tmp_path)]):
+        assert run(["compose", path, path, "-o", str(tmp_path / "out"), *extra]) == 2
+        assert "found those of modernbert, an encoder that turns them" in capsys.readouterr().err
+
+
 def test_one_line_for_every_mistake(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
     first, second = files
     output = str(tmp_path / "out")
@@ -132,7 +165,7 @@ def test_one_line_for_every_mistake(files: tuple[str, str], tmp_path: Path, caps
         (["compose", first, "-o", output], "compose: expected two prefixes or more; found 1"),
         (["compose", first, str(tmp_path / "no"), "-o", output], "expected a safetensors file; found nothing"),
         (["slice", first, "4", "-o", output], "expected START:STOP; found '4'"),
-        (["slice", first, "2:9", "-o", output], "within 0 and 4; found 2:9"),
+        (["slice", first, "4:9", "-o", output], "decoder.self: expected some of 4 slots; found none in 4:9"),
         (["average", first, second, "--weights", "1;2", "-o", output], "--weights: expected numbers with commas"),
         (["average", first, second, "--weights", "1", "-o", output], "expected 2 numbers from 0"),
         (["cast", first, "--dtype", "fp8", "-o", output], "found 'fp8'"),
