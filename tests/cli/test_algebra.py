@@ -104,7 +104,7 @@ def test_diff(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
     first, second = files
     assert run(["diff", first, first, "--exit-code"]) == 0
     assert capsys.readouterr().out == "equal\n"
-    assert run(["diff", first, second, "--exit-code"]) == 1
+    assert run(["diff", first, second, "--exit-code"]) == 3
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 4
     assert shown[0].startswith("decoder.self.layers.0.key: max ")
@@ -114,6 +114,7 @@ def test_diff(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
     assert run(["diff", first, longer, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["version"], report["equal"], report["tensors"]) == (1, False, [])
+    assert report["tensors_equal"] is False
     assert {"where": "/injections/0/length", "how": "4 and 5"} in report["differences"]
     half = str(tmp_path / "half")
     assert run(["cast", first, "--dtype", "float16", "-o", half]) == 0
@@ -125,6 +126,22 @@ def test_diff(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
     assert "/provenance/parents" in told
     assert run(["diff", first, half, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["tensors"]) == 4
+
+
+def test_tensors_that_are_equal_are_called_so(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
+    first, same = files[0], str(tmp_path / "same")
+    assert run(["average", first, first, "-o", same]) == 0
+    capsys.readouterr()
+    assert run(["diff", first, same, "--exit-code"]) == 3
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "tensors: equal"
+    assert all(line.startswith("/provenance") for line in told[1:])
+    assert run(["diff", first, same, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["equal"], report["tensors_equal"]) == (False, True)
+    assert run(["diff", first, first, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors_equal"] is True
+    assert run(["diff", first, str(tmp_path / "no"), "--exit-code"]) == 2
 
 
 def test_nothing_is_written_over_its_own_parent(files: tuple[str, str], capsys: Out) -> None:
