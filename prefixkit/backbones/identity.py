@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -83,7 +84,8 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
     """The folder that `source` names: itself, or where the hub's cache keeps that id. Nothing is downloaded."""
     if not source:
         return None
-    if Path(source).is_dir():
+    # Of a name that no file can have, too: an importer's input says what it likes.
+    if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

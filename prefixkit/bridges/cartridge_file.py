@@ -9,16 +9,20 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixkit.errors import FormatError
 from prefixkit.format.atomic import replacing
 from prefixkit.prefix import Array
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Lists = dict[str, list[Array]]
 """By name (`frozen_keys`, `trainable_values`, …), one array [kv_heads, slots, head_dim] a layer."""
 _NAMES = ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
 _DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
+_AGAIN = "TrainableCache.save writes it"
 
 
 def write_lists(path: Path, lists: Lists) -> None:
@@ -106,17 +110,38 @@ def _list(path: Path, stored: Mapping[str, Any], name: str, size: int) -> list[A
     if value is None:
         found = ", ".join(sorted(map(str, stored)))[:120] or "nothing"
         raise FormatError(path, expected=f"{name}{f' or {older}' if older != name else ''}", found=found)
-    try:
-        tensors = list(value)
-        told = [(str(one.dtype), tuple(one.shape), one.numel() * one.element_size()) for one in tensors]
-    except (AttributeError, TypeError, KeyError) as error:
-        raise FormatError(path, expected=f"{name}, a list of tensors", found=f"a {type(value).__name__}") from error
-    for dtype, shape, taken in told:
+    tensors = _plain_tensors(path, value, name)
+    for one in tensors:
+        dtype, shape = str(one.dtype), tuple(one.shape)
         # Strides of 0 would make a tensor of any size out of one number.
+        taken = one.numel() * one.element_size()
         if dtype not in _DTYPES or len(shape) != 4 or shape[0] != 1 or taken > size:
             expected = f"{name} of [1, kv_heads, slots, head_dim] in float32, float16 or bfloat16"
-            raise FormatError(path, expected=expected, found=f"{list(shape)} in {dtype.removeprefix('torch.')}")
+            found = f"{list(shape)} in {dtype.removeprefix('torch.')}"
+            raise FormatError(path, expected=expected, found=found, next_step=_AGAIN)
     return [array(one)[0] for one in tensors]
+
+
+def _plain_tensors(path: Path, value: Any, name: str) -> list[Tensor]:
+    """The tensors of a list whose numbers lie in memory, one behind the other; others cannot even be measured."""
+    import torch
+    from torch import nn
+
+    expected = f"{name}, a list of tensors"
+    try:
+        # A tensor is iterable too, and may claim any number of rows.
+        tensors: list[Any] = list(value) if isinstance(value, (list, tuple, nn.ParameterList)) else [None]
+        plain = [
+            one.layout == torch.strided and one.device.type == "cpu" and not one.is_nested and not one.is_neg()
+            for one in tensors
+        ]
+    except Exception as error:  # a ParameterList is made of whatever the file says
+        found = f"a {type(value).__name__}"
+        raise FormatError(path, expected=expected, found=found, next_step=_AGAIN) from error
+    if not all(plain):
+        found = "one that is sparse, nested or without numbers"
+        raise FormatError(path, expected=expected, found=found, next_step=_AGAIN)
+    return tensors
 
 
 def _refuse_unlike(path: Path, lists: Lists) -> None:

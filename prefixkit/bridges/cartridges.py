@@ -17,7 +17,9 @@ import numpy as np
 from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.cartridge_file import Lists, read_lists, write_lists
 from prefixkit.bridges.decoder_prefix import keys_and_values
-from prefixkit.bridges.imported import described, imported
+from prefixkit.bridges.described import described
+from prefixkit.bridges.imported import imported
+from prefixkit.bridges.in_words import RUNTIMES, of_whom
 from prefixkit.errors import FormatError
 from prefixkit.prefix import Array, Prefix
 
@@ -26,7 +28,7 @@ _PAGE = 16
 """Slots in a page of tokasaurus."""
 
 
-def export_cartridge(prefix: Prefix, output: Path) -> Carried:
+def export_cartridge(prefix: Prefix, output: str | Path) -> Carried:
     """Write `prefix` as a file for `TrainableCache.from_pretrained` and for tokasaurus.
 
     Raises:
@@ -34,29 +36,30 @@ def export_cartridge(prefix: Prefix, output: Path) -> Carried:
         InputError: the file cannot be written.
     """
     pairs = keys_and_values(prefix, _TITLE)
-    _refuse_uneven(pairs)
+    _refuse_uneven(prefix, pairs)
     length, frozen = pairs[0][0].shape[1], prefix.manifest.injections[0].frozen_slots or 0
     # Both readers want a frozen slot in every layer.
     fixed = max(1, frozen)
-    write_lists(output, _parts("frozen", pairs, 0, fixed) | _parts("trainable", pairs, fixed, length))
+    write_lists(Path(output), _parts("frozen", pairs, 0, fixed) | _parts("trainable", pairs, fixed, length))
     return Carried(
-        output=output,
+        output=Path(output),
         next=f'cache = cartridges.cache.TrainableCache.from_pretrained("{output}")',
         lost=tuple(_lost(length, frozen)),
     )
 
 
-def import_cartridge(source: Path, *, backbone: str | None = None) -> Prefix:
+def import_cartridge(source: str | Path, *, backbone: str | Path | None = None) -> Prefix:
     """The prefix in a file that `TrainableCache.save` wrote. Nothing in the file is run.
 
     Raises:
-        FormatError: no such file, a file that would run code, other contents than a cartridge's.
+        FormatError: no such file, a file that would run code, other contents than a cartridge's, NaN or Infinity.
         BackboneError: no backbone, or one that cannot be used.
         MismatchError: other layers or shapes than the backbone's.
     """
-    lists = read_lists(source)
+    path = Path(source)
+    lists = read_lists(path)
     pairs = [_joined(*layer) for layer in zip(*(lists[name] for name in _ORDER), strict=True)]
-    prefix = imported(source, pairs, described(source, backbone=backbone), runtime="cartridges")
+    prefix = imported(path, pairs, described(path, backbone=backbone), runtime="cartridges")
     (record,) = prefix.manifest.injections
     frozen = replace(record, frozen_slots=lists["frozen_keys"][0].shape[1])
     provenance = replace(prefix.manifest.provenance, method="cartridge")
@@ -77,11 +80,11 @@ def _joined(fixed_key: Array, key: Array, fixed_value: Array, value: Array) -> t
     return np.concatenate([fixed_key, key], axis=1), np.concatenate([fixed_value, value], axis=1)
 
 
-def _refuse_uneven(pairs: list[tuple[Array, Array]]) -> None:
+def _refuse_uneven(prefix: Prefix, pairs: list[tuple[Array, Array]]) -> None:
     shapes = sorted({str(array.shape) for pair in pairs for array in pair})
     if len(shapes) > 1:
         expected = f"one shape for all keys and values, as {_TITLE} have"
-        raise FormatError("prefix", expected=expected, found=" and ".join(shapes))
+        raise FormatError(of_whom(prefix), expected=expected, found=" and ".join(shapes), next_step=RUNTIMES)
 
 
 def _lost(length: int, frozen: int) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from prefixkit.bridges.in_words import RUNTIMES, of_whom, placed, starting
 from prefixkit.errors import FormatError
 from prefixkit.prefix import Array, Prefix, key_values
+
+_FOLD = "`prefixkit export --onnx` folds a prompt into them: use the prefix.safetensors of its folder"
 
 
 def keys_and_values(prefix: Prefix, runtime: str, *, any_start: bool = False) -> list[tuple[Array, Array]]:
@@ -15,22 +18,30 @@ def keys_and_values(prefix: Prefix, runtime: str, *, any_start: bool = False) ->
     Raises:
         FormatError: something besides keys and values before the text of a decoder, or text that starts elsewhere.
     """
-    records, stacks = prefix.manifest.injections, prefix.manifest.backbone.stacks
-    expected = f"keys and values before the text of a decoder, which {runtime} takes"
-    if "encoder" in stacks:
-        found = f"a prefix for an encoder{'-decoder' if 'decoder' in stacks else ''}"
-        raise FormatError("prefix", expected=expected, found=found)
-    if [(record.kind, record.stack) for record in records] != [("key_value_prefix", "decoder")]:
-        kinds = " and ".join(dict.fromkeys(record.kind for record in records))
-        step = ""
-        if kinds == "embedding_prompt":
-            step = "`prefixkit export --onnx` folds a prompt into them: use the prefix.safetensors of its folder"
-        raise FormatError("prefix", expected=expected, found=kinds, next_step=step)
-    if records[0].infix:
-        raise FormatError("prefix", expected=expected, found="some in slots of the text")
-    length, positions = records[0].length, records[0].positions
-    if not any_start and (positions is None or positions.text_start != length):
-        found = "no positions" if positions is None else f"text that starts at {positions.text_start}"
-        expected = f"text that starts at position {length}, right behind the prefix, as {runtime} counts"
-        raise FormatError("prefix", expected=expected, found=found)
+    for expected, found, step in (_kind(prefix, runtime), ("", "", "") if any_start else _start(prefix, runtime)):
+        if found:
+            raise FormatError(of_whom(prefix), expected=expected, found=found, next_step=step or RUNTIMES)
     return key_values(prefix)
+
+
+def _kind(prefix: Prefix, runtime: str) -> tuple[str, str, str]:
+    records, stacks = prefix.manifest.injections, prefix.manifest.backbone.stacks
+    expected, record = f"keys and values before the text of a decoder, which {runtime} takes", records[0]
+    if "encoder" in stacks:
+        return expected, f"a prefix for an encoder{'-decoder' if 'decoder' in stacks else ''}", ""
+    if [(one.kind, one.stack) for one in records] != [("key_value_prefix", "decoder")]:
+        kinds = " and ".join(dict.fromkeys(one.kind for one in records))
+        if kinds != "embedding_prompt":
+            return expected, kinds, ""
+        if record.placement in (None, "prepend"):
+            return expected, kinds, _FOLD
+        return expected, f"{kinds} {placed(record.placement)}", ""
+    return expected, f"some {placed(record.placement)}" if record.infix else "", ""
+
+
+def _start(prefix: Prefix, runtime: str) -> tuple[str, str, str]:
+    record = prefix.manifest.injections[0]
+    length, positions = record.length, record.positions
+    expected = f"text that starts at position {length}, right behind the prefix, as {runtime} counts"
+    elsewhere = positions is None or positions.text_start != length
+    return expected, starting(positions) if elsewhere else "", ""

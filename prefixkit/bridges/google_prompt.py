@@ -14,11 +14,13 @@ import numpy as np
 
 from prefixkit import __version__
 from prefixkit.bridges.carried import Carried
+from prefixkit.bridges.described import described, refuse_other_width, refuse_too_long
+from prefixkit.bridges.imported import prompt_record, refuse_not_finite
 from prefixkit.bridges.soft_prompt import prompt_vectors
-from prefixkit.errors import BackboneError, FormatError, MismatchError
+from prefixkit.errors import FormatError
 from prefixkit.format import names
 from prefixkit.format.atomic import replacing
-from prefixkit.format.manifest import BackboneIdentity, InjectionRecord, Manifest, Positions, Provenance
+from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.prefix import Array, Prefix
 
 _TITLE = "google-research/prompt-tuning"
@@ -26,7 +28,7 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _WANTED = "a NumPy array [prefix, hidden] of float32, float16 or bfloat16"
 
 
-def export_google_prompt(prefix: Prefix, output: Path) -> Carried:
+def export_google_prompt(prefix: Prefix, output: str | Path) -> Carried:
     """Write the vectors of `prefix` as a NumPy file for `prompts.np_load`.
 
     Raises:
@@ -41,48 +43,29 @@ def export_google_prompt(prefix: Prefix, output: Path) -> Carried:
     with replacing(output) as file:
         np.lib.format.write_array(file, np.ascontiguousarray(vectors), allow_pickle=False)
     gin = f'prompts.from_array.prompt = @prompts.np_load(), prompts.np_load.path = "{output}"'
-    return Carried(output=output, next=f"{gin} in the gin file", lost=lost)
+    return Carried(output=Path(output), next=f"{gin} in the gin file", lost=lost)
 
 
-def import_google_prompt(source: Path, *, backbone: str | None = None) -> Prefix:
+def import_google_prompt(source: str | Path, *, backbone: str | Path | None = None) -> Prefix:
     """The soft prompt in a NumPy file, bound to the weights of `backbone`: a decoder or an encoder-decoder.
 
     Raises:
-        FormatError: no such file, Python objects in it, another shape or dtype.
+        FormatError: no such file, Python objects in it, another shape or dtype, NaN or Infinity.
         BackboneError: no backbone, or one that cannot be used.
-        MismatchError: vectors of another width than the backbone's.
+        MismatchError: vectors of another width than the backbone's, or more of them than it has positions.
     """
-    vectors = _read(source)
-    if backbone is None:
-        found = "a file that names none"
-        raise BackboneError(source, expected="the backbone", found=found, next_step="give it with --backbone")
-    identity, stack = _identity(source, backbone)
-    if identity.hidden_size != vectors.shape[1]:
-        expected = f"vectors of the backbone's width {identity.hidden_size}"
-        step = "give the backbone that the prompt was trained on"
-        raise MismatchError(source, expected=expected, found=str(vectors.shape[1]), next_step=step)
-    record = InjectionRecord(
-        kind="embedding_prompt",
-        stack=stack,
-        length=len(vectors),
-        placement="prepend",
-        positions=Positions(text_start=len(vectors)),
-    )
+    path = Path(source)
+    vectors = _read(path)
+    known = described(path, backbone=backbone)
+    length, width = vectors.shape
+    refuse_other_width(path, width, known)
+    refuse_too_long(path, length, known)
+    refuse_not_finite(path, {names.PROMPT: vectors})
+    record = prompt_record(length, pair=known.is_pair)
     config = {"imported_from": "google-prompt"}
     provenance = Provenance(method="prompt-tuning", prefixkit=__version__, config=config)
-    manifest = Manifest(backbone=identity, injections=(record,), provenance=provenance)
+    manifest = Manifest(backbone=known.identity(), injections=(record,), provenance=provenance)
     return Prefix(manifest, {names.PROMPT: vectors})
-
-
-def _identity(source: Path, backbone: str) -> tuple[BackboneIdentity, str]:
-    """Who the backbone is, and at whose input its prompts stand."""
-    from prefixkit.backbones.load import load_backbone
-
-    loaded = load_backbone(backbone)
-    if loaded.kind == "encoder":
-        expected = "a decoder or an encoder-decoder, for a prompt before the text"
-        raise BackboneError(source, expected=expected, found=f"{loaded.identity.family}, an encoder")
-    return loaded.identity, "decoder" if loaded.kind == "decoder" else "encoder"
 
 
 def _read(path: Path) -> Array:

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from prefixkit.bridges.carried import Carried
+from prefixkit.bridges.catalogue import chosen, runtime
 from prefixkit.bridges.decoder_prefix import keys_and_values
-from prefixkit.bridges.imported import described, imported
+from prefixkit.bridges.described import ANOTHER, described
+from prefixkit.bridges.imported import imported
+from prefixkit.bridges.in_words import RUNTIMES, of_whom
 from prefixkit.bridges.llama_cpp_state import Layer, read_state, write_state
 from prefixkit.bridges.narrowed import narrowed
 from prefixkit.errors import FormatError, InputError, MismatchError
@@ -48,7 +51,7 @@ FAMILIES: Mapping[str, Memory] = {
 """Families in which llama.cpp computes what transformers computes, with a prefix."""
 
 
-def export_llama_cpp(prefix: Prefix, output: Path, *, dtype: str = "float16", flash: str = "off") -> Carried:
+def export_llama_cpp(prefix: Prefix, output: str | Path, *, dtype: str = "float16", flash: str = "off") -> Carried:
     """Write `prefix` as a sequence state, for `load_state` here or `llama_state_seq_load_file`.
 
     Args:
@@ -59,9 +62,11 @@ def export_llama_cpp(prefix: Prefix, output: Path, *, dtype: str = "float16", fl
         FormatError: no prefix of a decoder with text right behind it, a family that was not tried, partial rotation of
             neighbours, numbers that float16 does not reach.
         InputError: the file cannot be written.
+        ConfigError: another dtype, or neither `on` nor `off`.
     """
+    chosen(runtime("llama-cpp"), {"dtype": dtype, "flash": flash})
     pairs, backbone = keys_and_values(prefix, _RUNTIME), prefix.manifest.backbone
-    memory, layers = _memory(backbone.family, backbone.rope), backbone.stacks["decoder"]
+    memory, layers = _memory(of_whom(prefix), backbone.family, backbone.rope), backbone.stacks["decoder"]
     step = "use --set dtype=float32, and a context with type_k and type_v of GGML_TYPE_F32"
     cast, rounded = narrowed(pairs, dtype, otherwise=step)
     rows = [(_to_rows(key, memory.interleaved), _to_rows(value, False)) for key, value in cast]
@@ -73,7 +78,7 @@ def export_llama_cpp(prefix: Prefix, output: Path, *, dtype: str = "float16", fl
     return Carried(output=Path(output), next=step, lost=(*rounded, *_left_out(backbone, memory)))
 
 
-def import_llama_cpp(source: Path, *, backbone: str | None = None) -> Prefix:
+def import_llama_cpp(source: str | Path, *, backbone: str | Path | None = None) -> Prefix:
     """The keys and values of a sequence state.
 
     Args:
@@ -81,23 +86,25 @@ def import_llama_cpp(source: Path, *, backbone: str | None = None) -> Prefix:
         backbone: folder or hub id of the model in `transformers` format; needed, as a state names none.
 
     Raises:
-        FormatError: no sequence state, one that is quantised or lost rows, a family that was not tried.
+        FormatError: no sequence state, one that is quantised or lost rows, NaN or Infinity, a family that was
+            not tried.
         BackboneError: no backbone, or one that cannot be used.
         MismatchError: other layers or shapes than the backbone's.
     """
-    known = described(Path(source), backbone=backbone)
-    family, layers = known.config.model_type, known.geometry
-    memory, caches = _memory(family, getattr(known.config, "rope_parameters", None)), read_state(Path(source))
+    path = Path(source)
+    known = described(path, backbone=backbone)
+    family, rope, layers = known.config.model_type, getattr(known.config, "rope_parameters", None), known.decoder
+    memory, caches = _memory(path, family, rope), read_state(path)
     groups = _groups(layers, memory)
     if [len(cache) for cache in caches] != [len(group) for group in groups]:
         expected = f"{' and '.join(str(len(group)) for group in groups)} layers, as {known.name} has"
         found = " and ".join(str(len(cache)) for cache in caches) or "none"
-        raise MismatchError(source, expected=expected, found=found, next_step="give the backbone that it was made with")
+        raise MismatchError(path, expected=expected, found=found, next_step=ANOTHER)
     rows: dict[int, Layer] = {}
     for group, cache in zip(groups, caches, strict=True):
         rows |= dict(zip(group, cache, strict=True))
-    pairs = [_from_rows(Path(source), rows[index], layer, memory) for index, layer in enumerate(layers)]
-    return imported(Path(source), pairs, known, runtime="llama-cpp")
+    pairs = [_from_rows(path, rows[index], layer, memory) for index, layer in enumerate(layers)]
+    return imported(path, pairs, known, runtime="llama-cpp")
 
 
 def load_state(llama: Any, path: str | Path) -> list[int]:
@@ -140,14 +147,16 @@ def _context(dtype: str, flash: str) -> str:
     return f'Llama("MODEL.gguf"{types}{", flash_attn=True" if flash == "on" else ""})'
 
 
-def _memory(family: str, rope: Mapping[str, Any] | None) -> Memory:
+def _memory(where: object, family: str, rope: Mapping[str, Any] | None) -> Memory:
     memory = FAMILIES.get(family)
     if memory is None:
         expected = f"a backbone of {', '.join(sorted(FAMILIES))}"
-        raise FormatError("prefix", expected=expected, found=f"{family}, which was not tried with {_RUNTIME}")
+        found = f"{family}, which was not tried with {_RUNTIME}"
+        raise FormatError(where, expected=expected, found=found, next_step=RUNTIMES)
     part = (rope or {}).get("partial_rotary_factor", 1)
     if memory.interleaved and part != 1:
-        raise FormatError("prefix", expected=f"RoPE over whole heads of {family}", found=f"over {part} of each")
+        expected, found = f"RoPE over whole heads of {family}", f"over {part} of each"
+        raise FormatError(where, expected=expected, found=found, next_step=RUNTIMES)
     return memory
 
 
@@ -171,7 +180,7 @@ def _from_rows(source: Path, rows: Layer, layer: LayerGeometry, memory: Memory) 
     found = rows[0].shape[1], rows[1].shape[1]
     if found != widths:
         expected = f"rows of {widths[0]} and {widths[1]} numbers, as the backbone's"
-        raise MismatchError(source, expected=expected, found=f"{found[0]} and {found[1]}")
+        raise MismatchError(source, expected=expected, found=f"{found[0]} and {found[1]}", next_step=ANOTHER)
     key, value = (array.reshape(len(array), layer.kv_heads, -1).swapaxes(0, 1) for array in rows)
     if memory.interleaved:
         heads, length, dim = key.shape

@@ -29,6 +29,7 @@ from prefixkit.prefix import Array
 MAGIC, VERSION = 0x67677371, 3
 TYPES: Mapping[int, Any] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 """ggml's numbers of the types that caches hold as they are; quantised ones are rotated too."""
+_AGAIN = "llama_state_seq_save_file writes it"
 
 Layer = tuple[Array, Array]
 """Rows of keys and of values, [cells, kv_heads * head_dim], as the cache orders them."""
@@ -47,8 +48,8 @@ def read_state(path: Path) -> list[list[Layer]]:
     """The layers of each cache, rows in the order of their positions.
 
     Raises:
-        FormatError: no such file, another version, several streams, quantised rows, positions that are not 0 to the
-            last, or a file that ends too early or too late.
+        FormatError: no such file, another version, several streams, quantised rows, rows of another size than their
+            type has, positions that are not 0 to that of the last token, or a file that ends too early or too late.
     """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -57,15 +58,13 @@ def read_state(path: Path) -> list[list[Layer]]:
     magic, version = reader.numbers("<II")
     if (magic, version) != (MAGIC, VERSION):
         found = f"version {version}" if magic == MAGIC else "another file"
-        step = "llama_state_seq_save_file writes it"
-        raise FormatError(
-            path, expected=f"a sequence state of llama.cpp, version {VERSION}", found=found, next_step=step
-        )
+        expected = f"a sequence state of llama.cpp, version {VERSION}"
+        raise FormatError(path, expected=expected, found=found, next_step=_AGAIN)
     (count,) = reader.numbers("<I")
     reader.take(4 * count)
     caches = []
     while not reader.finished:
-        caches.append(_cache(reader))
+        caches.append(_cache(reader, count))
     return caches
 
 
@@ -110,7 +109,7 @@ class _Reader:
         left = len(self._data) - self._place
         if size > left:
             expected = f"{size} more bytes from byte {self._place} on"
-            raise FormatError(self.path, expected=expected, found=f"{left} (truncated?)")
+            raise self.refuse(expected, f"{left} (truncated?)", _AGAIN)
         self._place += size
         return self._data[self._place - size : self._place]
 
@@ -122,14 +121,17 @@ class _Reader:
         """[rows, width] numbers of ggml's type."""
         return np.frombuffer(self.take(rows * width * TYPES[type_].itemsize), TYPES[type_]).reshape(rows, width)
 
-    def refuse(self, expected: str, found: object) -> FormatError:
-        return FormatError(self.path, expected=expected, found=str(found))
+    def refuse(self, expected: str, found: object, step: str) -> FormatError:
+        return FormatError(self.path, expected=expected, found=str(found), next_step=step)
 
 
-def _cache(reader: _Reader) -> list[Layer]:
+def _cache(reader: _Reader, tokens: int) -> list[Layer]:
     streams, cells = reader.numbers("<II")
     if streams != 1:
-        raise reader.refuse("one stream (a context with kv_unified, or of one sequence)", streams)
+        raise reader.refuse("one stream", streams, "save it in a context with kv_unified, or of one sequence")
+    if cells != tokens:
+        step = "save it with the tokens that it was made of"
+        raise reader.refuse(f"a cell for each of {tokens} tokens", f"{cells} cells", step)
     order = _positions(reader, cells)
     transposed, layers = reader.numbers("<II")
     keys = [_read_rows(reader, cells) for _ in range(layers)]
@@ -142,22 +144,28 @@ def _positions(reader: _Reader, cells: int) -> Array:
     found = np.frombuffer(reader.take(12 * cells), np.dtype([("at", "<i4"), ("count", "<u4"), ("sequence", "<i4")]))
     if cells == 0 or not np.array_equal(np.sort(found["at"]), np.arange(cells)) or (found["count"] != 1).any():
         told = f"{found['at'].min()} to {found['at'].max()}" if cells else "no cells"
-        raise reader.refuse(f"a cell for each position from 0 to {max(cells, 1) - 1}", told)
+        raise reader.refuse(f"a cell for each position from 0 to {max(cells, 1) - 1}", told, _AGAIN)
     return np.argsort(found["at"])
 
 
 def _read_rows(reader: _Reader, cells: int) -> Array:
     type_, size = reader.numbers("<iQ")
     _refuse_quantized(reader, type_)
-    return reader.array(type_, cells, size // TYPES[type_].itemsize)
+    width, rest = divmod(size, TYPES[type_].itemsize)
+    if rest:
+        raise reader.refuse(f"rows of numbers of {TYPES[type_].itemsize} bytes", f"rows of {size} bytes", _AGAIN)
+    return reader.array(type_, cells, width)
 
 
 def _read_columns(reader: _Reader, cells: int) -> Array:
-    type_, _, width = reader.numbers("<iII")
+    type_, size, width = reader.numbers("<iII")
     _refuse_quantized(reader, type_)
+    if size != TYPES[type_].itemsize:
+        raise reader.refuse(f"numbers of {TYPES[type_].itemsize} bytes", f"numbers of {size} bytes", _AGAIN)
     return reader.array(type_, width, cells).T
 
 
 def _refuse_quantized(reader: _Reader, type_: int) -> None:
     if type_ not in TYPES:
-        raise reader.refuse("rows in float32 or float16 (ggml's type 0 or 1)", f"type {type_}")
+        step = "save it in a context with type_k and type_v of one of them"
+        raise reader.refuse("rows in float32 or float16 (ggml's type 0 or 1)", f"type {type_}", step)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefixkit.bridges.carried import Carried
+from prefixkit.bridges.catalogue import chosen, runtime
 from prefixkit.bridges.decoder_prefix import keys_and_values
-from prefixkit.bridges.imported import described, imported
+from prefixkit.bridges.described import described
+from prefixkit.bridges.imported import imported
+from prefixkit.bridges.in_words import RUNTIMES, of_whom
 from prefixkit.bridges.mlx_cache import LayerCache, read_cache, write_cache
 from prefixkit.bridges.narrowed import narrowed
 from prefixkit.errors import FormatError, InputError
@@ -24,7 +27,7 @@ _ROTATING = ("gemma3_text",)
 """Those of them whose sliding windows it has; in gemma2, mistral and phi3 every token sees all before it."""
 
 
-def export_mlx(prefix: Prefix, output: Path, *, layout: str = "current", dtype: str = "stored") -> Carried:
+def export_mlx(prefix: Prefix, output: str | Path, *, layout: str = "current", dtype: str = "stored") -> Carried:
     """Write `prefix` as a prompt cache, for `load_prompt_cache` and `mlx_lm.generate --prompt-cache-file`.
 
     Args:
@@ -35,10 +38,12 @@ def export_mlx(prefix: Prefix, output: Path, *, layout: str = "current", dtype: 
     Raises:
         FormatError: no prefix of a decoder with text right behind it; sliding windows of a family that was not tried.
         InputError: the file cannot be written, or has another ending than mlx reads.
+        ConfigError: another layout or dtype.
     """
+    chosen(runtime("mlx"), {"layout": layout, "dtype": dtype})
     _refuse_other_names(Path(output))
     pairs, backbone = keys_and_values(prefix, _RUNTIME), prefix.manifest.backbone
-    windows = _windows(backbone)
+    windows = _windows(prefix)
     rounded: tuple[str, ...] = ()
     if dtype != "stored":
         pairs, rounded = narrowed(pairs, dtype, otherwise="use --set dtype=bfloat16")
@@ -49,7 +54,7 @@ def export_mlx(prefix: Prefix, output: Path, *, layout: str = "current", dtype: 
     return Carried(output=Path(output), next=step, lost=(*rounded, *_left_out(backbone)))
 
 
-def import_mlx(source: Path, *, backbone: str | None = None) -> Prefix:
+def import_mlx(source: str | Path, *, backbone: str | Path | None = None) -> Prefix:
     """The keys and values of a prompt cache in either layout.
 
     Args:
@@ -58,7 +63,7 @@ def import_mlx(source: Path, *, backbone: str | None = None) -> Prefix:
             configuration is that of the model that the file names.
 
     Raises:
-        FormatError: no prompt cache, or one that is quantised, recurrent or lost rows.
+        FormatError: no prompt cache, or one that is quantised, recurrent or lost rows; NaN or Infinity.
         BackboneError: the backbone cannot be used, or none is given and the one that is named is not here.
         MismatchError: other layers or shapes than the backbone's.
     """
@@ -83,9 +88,11 @@ def _left_out(backbone: BackboneIdentity) -> tuple[str, ...]:
     return ()
 
 
-def _windows(backbone: BackboneIdentity) -> list[int | None]:
+def _windows(prefix: Prefix) -> list[int | None]:
+    backbone = prefix.manifest.backbone
     layers = backbone.stacks["decoder"]
     if any(layer.window is not None for layer in layers) and backbone.family not in _TRIED:
         expected = f"full attention in every layer, or sliding windows of {', '.join(_ROTATING)}"
-        raise FormatError("prefix", expected=expected, found=f"those of {backbone.family}, which were not tried")
+        found = f"those of {backbone.family}, which were not tried"
+        raise FormatError(of_whom(prefix), expected=expected, found=found, next_step=RUNTIMES)
     return [layer.window if backbone.family in _ROTATING else None for layer in layers]

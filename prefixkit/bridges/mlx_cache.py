@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from prefixkit.bridges.safetensors_arrays import DTYPES, stored_tensor
 from prefixkit.errors import FormatError
 from prefixkit.format.atomic import write_stream
 from prefixkit.format.header import Header, read_header, read_tensors
@@ -29,7 +28,7 @@ from prefixkit.format.writer import StoredTensor, encode
 from prefixkit.prefix import Array
 
 PLAIN, ROTATING = "KVCache", "RotatingKVCache"
-_NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_AGAIN = "save_prompt_cache writes it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,8 @@ def write_cache(path: Path, layers: Sequence[LayerCache], stated: Mapping[str, s
     tensors: dict[str, StoredTensor] = {}
     numbers: list[list[int]] = []
     for index, layer in enumerate(layers):
-        tensors[f"{index}.0"], tensors[f"{index}.1"] = _stored(layer.key), _stored(layer.value)
+        for place, rows in enumerate((layer.key, layer.value)):
+            tensors[f"{index}.{place}"] = stored_tensor(rows, (1, *rows.shape))
         offset = layer.key.shape[1]
         numbers.append([offset] if layer.window is None else [offset, 0, layer.window, offset])
     classes = [PLAIN if layer.window is None else ROTATING for layer in layers]
@@ -69,18 +69,17 @@ def read_cache(path: Path) -> tuple[list[LayerCache], dict[str, str]]:
 
     Raises:
         FormatError: no such file, no prompt cache, quantised or recurrent layers, several sequences, rows that
-            are gone.
+            are gone, tensors that belong to none of its layers.
     """
     header = read_header(path)
     current = header.metadata.get("2.0") == ""
     classes, user = _listed(header, "1" if current else "2"), "0" if current else "1"
     if not classes:
         found = "other safetensors"
-        raise FormatError(
-            path, expected="a prompt cache of mlx-lm", found=found, next_step="save_prompt_cache writes it"
-        )
+        raise FormatError(path, expected="a prompt cache of mlx-lm", found=found, next_step=_AGAIN)
     data = dict(read_tensors(path, header))
     layers = [_layer(path, header, data, index, name, current) for index, name in enumerate(classes)]
+    _refuse_others(path, header, classes, current)
     prefix = f"{user}."
     stated = {name.removeprefix(prefix): text for name, text in header.metadata.items() if name.startswith(prefix)}
     return layers, stated
@@ -133,16 +132,26 @@ def _refuse_lost_rows(path: Path, index: int, numbers: list[int], held: int) -> 
     offset = numbers[0]
     turned = len(numbers) > 1 and (offset > numbers[2] or offset != numbers[3])
     if turned or not 1 <= offset <= held:
-        raise FormatError(path, expected=f"every row in layer {index}", found=f"{held} for {offset} tokens")
+        found = f"a window that rotated over {offset} tokens" if turned else f"{held} for {offset} tokens"
+        step = "make the cache of a shorter text, or without --max-kv-size" if turned else _AGAIN
+        raise FormatError(path, expected=f"every row in layer {index}", found=found, next_step=step)
+
+
+def _refuse_others(path: Path, header: Header, classes: list[str], current: bool) -> None:
+    counts = [(3 if name == PLAIN else 6) if current else 2 for name in classes]
+    known = {f"{index}.{place}" for index, count in enumerate(counts) for place in range(count)}
+    if others := sorted(set(header.tensors) - known):
+        expected = f"the tensors of {len(classes)} layers and nothing else"
+        raise FormatError(path, expected=expected, found=others[0][:80], next_step=_AGAIN)
 
 
 def _rows(path: Path, header: Header, data: Mapping[str, bytes], name: str) -> Array:
     entry = header.tensors.get(name)
-    if entry is None or entry.dtype not in _NUMPY or len(entry.shape) != 4 or entry.shape[0] != 1:
+    if entry is None or entry.dtype not in DTYPES or len(entry.shape) != 4 or entry.shape[0] != 1:
         found = "none" if entry is None else f"{list(entry.shape)} in {entry.dtype}"
         expected = f"tensor {name} of [1, kv_heads, length, head_dim] in F32, F16 or BF16"
         raise FormatError(path, expected=expected, found=found)
-    return np.frombuffer(data[name], dtype=_NUMPY[entry.dtype]).reshape(entry.shape[1:])
+    return np.frombuffer(data[name], dtype=DTYPES[entry.dtype]).reshape(entry.shape[1:])
 
 
 def _number(path: Path, header: Header, data: Mapping[str, bytes], name: str) -> int:
@@ -157,8 +166,3 @@ def _whole(path: Path, index: int, text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise FormatError(path, expected=f"four whole numbers for layer {index}", found=repr(text)[:80])
     return int(text)
-
-
-def _stored(rows: Array) -> StoredTensor:
-    dtype = next(name for name, dtype in _NUMPY.items() if rows.dtype == dtype)
-    return StoredTensor(dtype, (1, *rows.shape), np.ascontiguousarray(rows).tobytes())

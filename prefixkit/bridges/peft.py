@@ -12,12 +12,20 @@ from pathlib import Path
 
 from prefixkit import __version__
 from prefixkit.bridges.carried import Carried
-from prefixkit.bridges.peft_backbone import identity
+from prefixkit.bridges.described import (
+    Described,
+    described,
+    refuse_other_kind,
+    refuse_other_shapes,
+    refuse_other_width,
+    refuse_too_long,
+)
+from prefixkit.bridges.imported import key_value_record, prompt_record, refuse_not_finite
 from prefixkit.bridges.peft_expressible import expressible
 from prefixkit.bridges.peft_folder import Adapter, read_adapter, write_adapter
 from prefixkit.bridges.peft_layout import left_behind, packed, stored_layers, tensors_of
 from prefixkit.format import names
-from prefixkit.format.manifest import InjectionRecord, Manifest, Positions, Provenance
+from prefixkit.format.manifest import Manifest, Provenance
 from prefixkit.prefix import Prefix, key_values
 
 
@@ -32,25 +40,31 @@ def import_peft(source: str | Path, *, backbone: str | Path | None = None) -> Pr
             (`weights_hash` None), and later checks compare the configuration only.
 
     Raises:
-        FormatError: no such folder or damaged files, another adapter.
+        FormatError: no such folder or damaged files, another adapter, NaN or Infinity.
         BackboneError: the backbone cannot be used, or none is given and the one that the folder names is not here.
-        MismatchError: the prefix has other layers or shapes than the backbone.
+        MismatchError: the prefix has other layers or shapes than the backbone, or leaves no position for text.
     """
-    adapter, tensor = read_adapter(Path(source))
-    known = identity(Path(source), adapter, backbone)
-    layers = len(known.stacks["decoder"])
-    lost = left_behind(adapter, layers)
+    folder = Path(source)
+    adapter, tensor = read_adapter(folder)
+    known = described(folder, backbone=backbone, named=adapter.base, revision=adapter.revision)
+    _refuse_unfit(folder, adapter, known)
+    layers = len(known.decoder)
+    tensors, lost = tensors_of(adapter, tensor, layers), left_behind(adapter, layers)
+    refuse_not_finite(folder, tensors)
     provenance = Provenance(
         method=adapter.kind.lower().replace("_", "-"),
         prefixkit=__version__,
         config={"imported_from": "peft"} | ({"lost": list(lost)} if lost else {}),
     )
-    manifest = Manifest(backbone=known, injections=(_record(adapter),), provenance=provenance)
-    return Prefix(manifest, tensors_of(adapter, tensor, layers))
+    length, pair = adapter.length, adapter.pair
+    record = prompt_record(length, pair=pair) if adapter.is_prompt else key_value_record(length, frozen=adapter.frozen)
+    return Prefix(Manifest(backbone=known.identity(), injections=(record,), provenance=provenance), tensors)
 
 
 def export_peft(prefix: Prefix, output: str | Path) -> Carried:
     """Write `prefix` as a folder that `PeftModel.from_pretrained` loads; the usage contract has no place in it.
+
+    A prompt becomes PROMPT_TUNING, whatever made it: P_TUNING is the same vectors.
 
     Raises:
         FormatError: what PEFT cannot express: something besides a prompt or a decoder's keys and values, slots of the
@@ -60,8 +74,7 @@ def export_peft(prefix: Prefix, output: str | Path) -> Carried:
     record = expressible(prefix)
     if record.kind == "embedding_prompt":
         vectors = prefix.tensors[names.PROMPT]
-        kind = "P_TUNING" if prefix.manifest.provenance.method == "p-tuning" else "PROMPT_TUNING"
-        write_adapter(output, _adapter(prefix, kind, *vectors.shape), vectors)
+        write_adapter(output, _adapter(prefix, "PROMPT_TUNING", *vectors.shape), vectors)
     else:
         pairs = key_values(prefix)
         adapter = _of_keys_and_values(prefix, record.frozen_slots or 0, len(pairs), pairs[0][0].shape)
@@ -69,24 +82,17 @@ def export_peft(prefix: Prefix, output: str | Path) -> Carried:
     return Carried(output=Path(output), next=f'PeftModel.from_pretrained(model, "{output}")')
 
 
-def _record(adapter: Adapter) -> InjectionRecord:
-    positions = Positions(text_start=adapter.length)
+def _refuse_unfit(folder: Path, adapter: Adapter, known: Described) -> None:
+    from prefixkit.backbones.geometry import refuse_swallowed
+
+    refuse_other_kind(folder, known, pair=adapter.pair)
     if adapter.is_prompt:
-        return InjectionRecord(
-            kind="embedding_prompt",
-            stack="encoder" if adapter.pair else "decoder",
-            length=adapter.length,
-            positions=positions,
-            placement="prepend",
-        )
-    return InjectionRecord(
-        kind="key_value_prefix",
-        stack="decoder",
-        attention="self",
-        length=adapter.length,
-        positions=positions,
-        frozen_slots=adapter.frozen,
-    )
+        refuse_other_width(folder, adapter.width, known)
+    else:
+        shape = adapter.kv_heads, adapter.head_dim, adapter.head_dim
+        refuse_other_shapes(folder, [shape] * adapter.layers, known)
+        refuse_swallowed(known.decoder, adapter.length, str(folder))
+    refuse_too_long(folder, adapter.length, known)
 
 
 def _adapter(prefix: Prefix, kind: str, length: int, width: int) -> Adapter:

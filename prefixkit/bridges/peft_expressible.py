@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefixkit.bridges.in_words import RUNTIMES, of_whom, placed, starting
 from prefixkit.errors import FormatError
 from prefixkit.format.manifest import InjectionRecord, Positions
 from prefixkit.prefix import Prefix
@@ -17,7 +18,8 @@ def expressible(prefix: Prefix) -> InjectionRecord:
     """
     for expected, found in (_kind(prefix), _place(prefix), _uniform(prefix)):
         if found:
-            raise FormatError("prefix", expected=f"what PEFT can express: {expected}", found=found)
+            expected = f"what PEFT can express: {expected}"
+            raise FormatError(of_whom(prefix), expected=expected, found=found, next_step=RUNTIMES)
     return prefix.manifest.injections[0]
 
 
@@ -35,10 +37,10 @@ def _kind(prefix: Prefix) -> tuple[str, str]:
 def _place(prefix: Prefix) -> tuple[str, str]:
     record = prefix.manifest.injections[0]
     if record.placement not in (None, "prepend"):
-        return "what stands before the text", f"some in {record.placement.replace('_', ' ')} of it"
+        return "what stands before the text", f"some {placed(record.placement)}"
     expected = f"text that starts at position {record.length}, after the prefix"
     positions = record.positions
-    return expected, "" if positions == Positions(text_start=record.length or 0) else str(positions)
+    return expected, "" if positions == Positions(text_start=record.length or 0) else starting(positions)
 
 
 def _uniform(prefix: Prefix) -> tuple[str, str]:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from prefixkit.errors import FormatError, InputError
+from prefixkit.bridges.safetensors_arrays import DTYPES, stored_tensor
+from prefixkit.errors import FormatError
 from prefixkit.format.atomic import replacing_folder, write_bytes, write_stream
 from prefixkit.format.canonical import read_json
 from prefixkit.format.header import read_header, read_tensors
-from prefixkit.format.writer import StoredTensor, encode
+from prefixkit.format.writer import encode
 from prefixkit.prefix import Array
 
 CONFIG = "adapter_config.json"
@@ -30,7 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
 KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _TENSOR = "prompt_embeddings"
-_NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def write_adapter(folder: str | Path, adapter: Adapter, tensor: Array) -> None:
     flat = np.ascontiguousarray(tensor).reshape(adapter.shape[0], -1)
     with replacing_folder(folder, marker=CONFIG) as target:
         write_bytes(target / CONFIG, f"{config}\n".encode())
-        write_stream(target / WEIGHTS, encode({_TENSOR: _stored(flat)}, {"format": "pt"}))
+        write_stream(target / WEIGHTS, encode({_TENSOR: stored_tensor(flat)}, {"format": "pt"}))
 
 
 def _adapter(folder: Path) -> Adapter:
@@ -116,8 +115,8 @@ def _adapter(folder: Path) -> Adapter:
         width=_count(path, stored, "token_dim"),
         pair=pair,
         stacks=stacks,
-        base=str(stored.get("base_model_name_or_path") or ""),
-        revision=stored.get("revision"),
+        base=_text(path, stored, "base_model_name_or_path") or "",
+        revision=_text(path, stored, "revision"),
         **({} if kind in PROMPTS else _of_keys_and_values(path, stored, length)),
     )
 
@@ -153,6 +152,13 @@ def _count(path: Path, stored: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _text(path: Path, stored: Mapping[str, Any], name: str) -> str | None:
+    value = stored.get(name)
+    if value is not None and not isinstance(value, str):
+        raise FormatError(path, expected=f"{name}, a string or null", found=repr(value)[:80])
+    return value
+
+
 def _flat(path: Path, adapter: Adapter) -> Array:
     if not path.is_file() and path.with_suffix(".bin").is_file():
         step = "load it with PEFT and save it again: save_pretrained writes safetensors"
@@ -165,11 +171,11 @@ def _flat(path: Path, adapter: Adapter) -> Array:
         step = "save it without modules_to_save: task heads are not imported" if others else ""
         raise FormatError(path, expected=f"only {_TENSOR}", found=others[0] if others else "nothing", next_step=step)
     entry = header.tensors[_TENSOR]
-    if entry.shape != shape or entry.dtype not in _NUMPY:
+    if entry.shape != shape or entry.dtype not in DTYPES:
         expected = f"{_TENSOR} of {list(shape)}, as {CONFIG} says, in F32, F16 or BF16"
         raise FormatError(path, expected=expected, found=f"{list(entry.shape)} in {entry.dtype}")
     data = dict(read_tensors(path, header))[_TENSOR]
-    return np.frombuffer(data, dtype=_NUMPY[entry.dtype])
+    return np.frombuffer(data, dtype=DTYPES[entry.dtype])
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
@@ -189,10 +195,3 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     if adapter.kind == "CARTRIDGE":
         return {**config, "num_frozen_tokens": adapter.frozen}
     return {**config, "encoder_hidden_size": adapter.width, "prefix_projection": False}
-
-
-def _stored(array: Array) -> StoredTensor:
-    for dtype, numpy_dtype in _NUMPY.items():
-        if array.dtype == numpy_dtype:
-            return StoredTensor(dtype, array.shape, np.ascontiguousarray(array).tobytes())
-    raise InputError("prefix", expected="float32, float16 or bfloat16", found=str(array.dtype))

@@ -55,17 +55,17 @@ def sglang_input_embeds(prefix: Prefix, token_ids: Sequence[int], embedding: Emb
     return rows
 
 
-def write_prompt_embeds(prefix: Prefix, output: Path) -> Carried:
+def write_prompt_embeds(prefix: Prefix, output: str | Path) -> Carried:
     """Write the vectors of a soft prompt as vLLM reads them: `torch.save`, in base64."""
     from prefixkit.injections.arrays import tensor
 
     write_bytes(output, _base64(tensor(prompt_vectors(prefix, "vLLM"))).encode())
     lost = _ALONE.format(function=f"{_HERE}.vllm_prompt_embeds")
     body = '{"type": "prompt_embeds", "data": …}'
-    return Carried(output=output, next=f"{body} in a message, vllm serve --enable-prompt-embeds", lost=(lost,))
+    return Carried(output=Path(output), next=f"{body} in a message, vllm serve --enable-prompt-embeds", lost=(lost,))
 
 
-def export_sglang(prefix: Prefix, output: Path) -> Carried:
+def export_sglang(prefix: Prefix, output: str | Path) -> Carried:
     """Write the vectors of a soft prompt as the JSON of a request to SGLang's /generate.
 
     Raises:
@@ -77,7 +77,9 @@ def export_sglang(prefix: Prefix, output: Path) -> Carried:
     rows = tensor(prompt_vectors(prefix, "SGLang")).float().tolist()
     write_bytes(output, json.dumps({"input_embeds": rows}).encode())
     lost = _ALONE.format(function=f"{_HERE}.sglang_input_embeds")
-    return Carried(output=output, next="POST it to /generate of a server with --disable-radix-cache", lost=(lost,))
+    return Carried(
+        output=Path(output), next="POST it to /generate of a server with --disable-radix-cache", lost=(lost,)
+    )
 
 
 def _base64(vectors: Tensor) -> str:

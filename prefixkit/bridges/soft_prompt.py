@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefixkit.bridges.in_words import RUNTIMES, of_whom, placed, starting
 from prefixkit.errors import FormatError
 from prefixkit.format import names
 from prefixkit.format.manifest import Positions
@@ -17,7 +18,8 @@ def prompt_vectors(prefix: Prefix, runtime: str, *, stacks: tuple[str, ...] = ("
     Raises:
         FormatError: something besides one prompt before the text, or text that does not start right behind it.
     """
-    expected = f"a soft prompt before the text of {' or '.join(f'a {stack}' for stack in stacks)}, as {runtime} takes"
+    whose = " or ".join(f"{'an' if stack == 'encoder' else 'a'} {stack}" for stack in stacks)
+    expected = f"a soft prompt before the text of {whose}, as {runtime} takes"
     records = prefix.manifest.injections
     record = records[0]
     if [one.kind for one in records] != ["embedding_prompt"]:
@@ -25,9 +27,9 @@ def prompt_vectors(prefix: Prefix, runtime: str, *, stacks: tuple[str, ...] = ("
     elif record.stack not in stacks:
         found = f"one at the input of an {record.stack}"
     elif record.placement != "prepend":
-        found = f"one placed {record.placement}"
+        found = f"one {placed(record.placement)}"
     elif record.positions != Positions(text_start=record.length or 0):
-        found = f"text that starts at {record.positions.text_start}" if record.positions else "no positions"
+        found = starting(record.positions)
     else:
         return prefix.tensors[names.PROMPT]
-    raise FormatError("prefix", expected=expected.replace("a encoder", "an encoder"), found=found)
+    raise FormatError(of_whom(prefix), expected=expected, found=found, next_step=RUNTIMES)

@@ -20,7 +20,9 @@ from prefixkit.backbones.attach import attach
 from prefixkit.bridges.cartridges import export_cartridge, import_cartridge
 from prefixkit.cli import run
 from prefixkit.errors import BackboneError, FormatError, InputError, MismatchError
+from prefixkit.format.manifest import Positions
 from prefixkit.prefix import Prefix, load, save
+from tests.encoder_decoders import folder_of
 from tests.prefixes import small_prefix
 
 Folder = Callable[..., Path]
@@ -201,6 +203,7 @@ def wide() -> dict[str, Any]:
         ({}, "expected frozen_keys or fixed_keys; found nothing"),
         (without("trainable_values"), "expected trainable_values; found frozen_keys, frozen_values, trainable_keys"),
         ({**lists(), "frozen_keys": 3}, "expected frozen_keys, a list of tensors; found a int"),
+        ({**lists(), "frozen_keys": torch.zeros(1).expand(10**9)}, "a list of tensors; found a Tensor"),
         ({**lists(), "frozen_keys": ["a", "b"]}, "expected frozen_keys, a list of tensors; found a list"),
         ({**lists(), "frozen_keys": [torch.zeros(HEADS, 1, DIM)] * 2}, "found [2, 1, 16] in float32"),
         ({**lists(), "frozen_keys": [torch.zeros(1, HEADS, 1, DIM).double()] * 2}, "found [1, 2, 1, 16] in float64"),
@@ -222,6 +225,47 @@ def test_contents_that_are_no_cartridge(stored: Any, told: str, tmp_path: Path) 
     assert told in refusal(cartridge(tmp_path / "c.pt", stored))
 
 
+def unmeasured() -> dict[str, Tensor]:
+    """Tensors that cannot be asked for what they take, or that numpy cannot have."""
+    rows = torch.ones(1, HEADS, LENGTH - 1, DIM)
+    return {
+        "sparse": rows.to_sparse(),
+        "meta": rows.to("meta"),
+        "nested": torch.nested.nested_tensor([rows[0], rows[0, :, :3]]),
+        "negated": torch.complex(rows, rows).conj().imag,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested", "negated"])
+def test_tensors_that_are_no_plain_numbers(kind: str, tmp_path: Path) -> None:
+    path = cartridge(tmp_path / "c.pt", {**lists(), "trainable_keys": [unmeasured()[kind]] * LAYERS})
+    told = "expected trainable_keys, a list of tensors; found one that is sparse, nested or without numbers; Trainable"
+    assert told in refusal(path)
+
+
+def test_numbers_and_lengths_that_no_prefix_has(backbone_folder: Folder, tmp_path: Path) -> None:
+    folder, stored = str(backbone_folder("llama")), lists()
+    with torch.no_grad():
+        stored["trainable_values"][1][0, 0, 0, 0] = torch.inf
+    path = cartridge(tmp_path / "c.pt", stored)
+    told = f"{path}: expected finite numbers for decoder.self.layers.1.value; found NaN or Infinity"
+    assert refusal(path, folder).startswith(told)
+    with pytest.raises(MismatchError, match=r"c\.pt: expected fewer than the 128 positions of .*; found 128; give"):
+        import_cartridge(cartridge(path, lists(length=128)), backbone=folder)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    t5 = folder_of("t5", tmp_path / "t5")
+    with pytest.raises(MismatchError, match=r"c\.pt: expected a decoder as backbone; found an encoder-decoder; give"):
+        import_cartridge(cartridge(tmp_path / "c.pt"), backbone=t5)
+
+
+def test_paths_may_be_text(backbone_folder: Folder, tmp_path: Path) -> None:
+    prefix = import_cartridge(str(cartridge(tmp_path / "c.pt")), backbone=backbone_folder("llama"))
+    assert export_cartridge(prefix, str(tmp_path / "back.pt")).output == tmp_path / "back.pt"
+
+
 def test_a_backbone_is_needed_and_must_fit(backbone_folder: Folder, tmp_path: Path) -> None:
     path = cartridge(tmp_path / "c.pt")
     with pytest.raises(BackboneError, match="found a file that names none; give it with --backbone"):
@@ -235,8 +279,17 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     uneven = {**prefix.tensors, "decoder.self.layers.1.key": np.zeros((2, 16, 8), np.float32)}
     with pytest.raises(FormatError, match=r"expected one shape for all keys and values.*\(2, 16, 4\) and \(2, 16, 8\)"):
         export_cartridge(Prefix(prefix.manifest, uneven), tmp_path / "c.pt")
-    with pytest.raises(FormatError, match="some in slots of the text"):
-        export_cartridge(changed(prefix, placement="slots"), tmp_path / "c.pt")
+    slots, moved = changed(prefix, placement="slots"), changed(prefix, positions=Positions(text_start=0))
+    prompt = {"kind": "embedding_prompt", "attention": None}
+    for other, told in (
+        (slots, "some in slots of the text; see `prefixkit runtimes`"),
+        (moved, "text that starts at 0; see `prefixkit runtimes`"),
+        (changed(prefix, positions=None), "no positions; see"),
+        (changed(prefix, **prompt, placement="prepend"), "embedding_prompt; `prefixkit export --onnx` folds a prompt"),
+        (changed(prefix, **prompt, placement="slots"), "embedding_prompt in slots of the text; see `prefixkit run"),
+    ):
+        with pytest.raises(FormatError, match=f"^prefix for tiny: expected .*; found {told}"):
+            export_cartridge(other, tmp_path / "c.pt")
     with pytest.raises(InputError, match="expected an existing folder"):
         export_cartridge(prefix, tmp_path / "none" / "c.pt")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefixkit.backbones.attach import attach
 from prefixkit.backbones.load import load_backbone
@@ -145,6 +145,31 @@ def test_a_backbone_is_needed_and_must_fit(backbone_folder: Folder, tmp_path: Pa
         import_google_prompt(path, backbone=str(backbone_folder("gpt2")))
 
 
+def test_numbers_and_lengths_that_no_prefix_has(backbone_folder: Folder, tmp_path: Path) -> None:
+    path, gpt2 = tmp_path / "p.npy", backbone_folder("gpt2")
+    np.save(path, np.full((LENGTH, WIDTH), np.nan, np.float32))
+    with pytest.raises(FormatError, match=rf"^{path}: expected finite numbers for prompt.embeddings; found NaN"):
+        import_google_prompt(path, backbone=gpt2)
+    np.save(path, np.zeros((128, WIDTH), np.float32))
+    with pytest.raises(MismatchError, match=rf"^{path}: expected fewer than the 128 positions of .*; found 128; give"):
+        import_google_prompt(path, backbone=gpt2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_no_model_is_loaded(
+    family: str, backbone_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    folder = backbone_folder(family) if family == "gpt2" else folder_of(family, tmp_path / family)
+    expected = load_backbone(folder).identity
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    found = import_google_prompt(str(stored(tmp_path / "p.npy")), backbone=folder)
+    assert found.manifest.backbone == expected
+    assert export_google_prompt(found, str(tmp_path / "back.npy")).output == tmp_path / "back.npy"
+
+
 def test_what_it_cannot_hold_is_refused(backbone_folder: Folder, tmp_path: Path) -> None:
     prompt = import_google_prompt(stored(tmp_path / "p.npy"), backbone=str(backbone_folder("gpt2")))
     (record,) = prompt.manifest.injections
@@ -154,7 +179,8 @@ def test_what_it_cannot_hold_is_refused(backbone_folder: Folder, tmp_path: Path)
 
     for prefix, told in (
         (small_prefix(), "found key_value_prefix"),
-        (changed(placement="slots"), "found one placed slots"),
+        (changed(placement="slots"), "found one in slots of the text"),
+        (changed(placement="after_first"), "found one behind the first token of the text; see `prefixkit runtimes`"),
         (changed(positions=Positions(text_start=0)), "found text that starts at 0"),
     ):
         with pytest.raises(

@@ -21,7 +21,7 @@ from prefixkit.backbones.identity import identify
 from prefixkit.bridges.imported import prefix_of
 from prefixkit.bridges.llama_cpp import FAMILIES, export_llama_cpp, import_llama_cpp, load_state
 from prefixkit.cli import run
-from prefixkit.errors import BackboneError, FormatError, InputError, MismatchError
+from prefixkit.errors import BackboneError, ConfigError, FormatError, InputError, MismatchError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.prefix import Prefix, key_values, load, save
 from tests.architectures import CONFIGS, WINDOW, tiny
@@ -115,8 +115,8 @@ def test_halves_of_each_head_take_turns(tmp_path: Path) -> None:
 def test_there_and_back(family: str, flash: str, backbone_folder: Folder, tmp_path: Path) -> None:
     folder = backbone_folder(family)
     prefix = stored(tiny(family), folder)
-    export_llama_cpp(prefix, tmp_path / "state", dtype="float32", flash=flash)
-    back = import_llama_cpp(tmp_path / "state", backbone=str(folder))
+    export_llama_cpp(prefix, str(tmp_path / "state"), dtype="float32", flash=flash)
+    back = import_llama_cpp(str(tmp_path / "state"), backbone=folder)
     assert save(back, tmp_path / "back").manifest.content == save(prefix, tmp_path / "prefix").manifest.content
 
 
@@ -144,7 +144,10 @@ def test_windows_that_llama_cpp_leaves_out_are_told(backbone_folder: Folder, tmp
 
 def test_models_that_are_refused(tmp_path: Path) -> None:
     for prefix, told in (
-        (of_family("opt"), "expected a backbone of bloom, .*; found opt, which was not tried with llama.cpp"),
+        (
+            of_family("opt"),
+            "^prefix for tiny: expected .* of bloom, .*; found opt, which was not tried with llama.cpp; see `pre",
+        ),
         (of_family("llama", rope={"partial_rotary_factor": 0.5}), "RoPE over whole heads of llama; found over 0.5 of"),
     ):
         with pytest.raises(FormatError, match=told):
@@ -169,6 +172,7 @@ def state(backbone_folder: Folder, tmp_path: Path) -> Path:
         (44, 3, "a cell for each position from 0 to 5; found 1 to 5"),
         (44, 2**32 - 1, "found -1 to 5"),
         (48, 2, "a cell for each position"),
+        (128, 63, "rows of numbers of 2 bytes; found rows of 63 bytes; llama_state_seq_save_file writes it"),
         (124, 8, r"rows in float32 or float16 \(ggml's type 0 or 1\); found type 8"),
         (128, 2**31, "more bytes from byte"),
     ],
@@ -195,6 +199,41 @@ def test_files_that_are_refused(state: Path, backbone_folder: Folder, tmp_path: 
         (tmp_path / "short").write_bytes(state.read_bytes()[:end])
         with pytest.raises(FormatError, match=r"\(truncated\?\)"):
             import_llama_cpp(tmp_path / "short", backbone=llama)
+
+
+def test_tokens_are_as_many_as_cells(state: Path, backbone_folder: Folder) -> None:
+    data = state.read_bytes()
+    state.write_bytes(data[:8] + (5).to_bytes(4, "little") + data[16:])
+    with pytest.raises(FormatError, match="a cell for each of 5 tokens; found 6 cells; save it with the tokens that"):
+        import_llama_cpp(state, backbone=str(backbone_folder("llama")))
+
+
+def test_numbers_of_another_size_than_their_type_has(state: Path, backbone_folder: Folder) -> None:
+    """Values lie transposed and say how many bytes a number has: behind two layers of keys, 64 bytes a row."""
+    place, data = 124 + 2 * (12 + 6 * 64) + 4, bytearray(state.read_bytes())
+    assert data[place : place + 8] == struct.pack("<II", 2, 32)
+    data[place] = 4
+    state.write_bytes(data)
+    with pytest.raises(FormatError, match="numbers of 2 bytes; found numbers of 4 bytes; llama_state_seq_save_file"):
+        import_llama_cpp(state, backbone=str(backbone_folder("llama")))
+
+
+def test_numbers_that_no_prefix_has(state: Path, backbone_folder: Folder) -> None:
+    data = bytearray(state.read_bytes())
+    data[-2:] = np.float16(np.nan).tobytes()
+    state.write_bytes(data)
+    with pytest.raises(FormatError, match=rf"^{state}: expected finite numbers for decoder.self.layers.1.value; found"):
+        import_llama_cpp(state, backbone=str(backbone_folder("llama")))
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    for settings, told in (
+        ({"dtype": "bfloat16"}, "expected dtype=float16 or float32; found 'bfloat16'"),
+        ({"flash": "yes"}, "expected flash=off or on; found 'yes'"),
+    ):
+        with pytest.raises(ConfigError, match=f"export --llama-cpp: {told}"):
+            export_llama_cpp(of_family("llama"), tmp_path / "state", **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cells_in_any_order(state: Path, backbone_folder: Folder, tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ from prefixkit.backbones.identity import identify
 from prefixkit.bridges.imported import prefix_of
 from prefixkit.bridges.mlx import export_mlx, import_mlx
 from prefixkit.cli import run
-from prefixkit.errors import BackboneError, FormatError, InputError, MismatchError
+from prefixkit.errors import BackboneError, ConfigError, FormatError, InputError, MismatchError
+from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.prefix import Prefix, key_values, load, save
 from tests.architectures import WINDOW, tiny
+from tests.prefixes import small_prefix
 from tests.ragged import alone, greedy, prompts, random_prefix
 from tests.small_tokenizer import END, write_folder
 
@@ -209,7 +211,7 @@ def test_files_that_are_refused(released: Callable[[str], Path], tmp_path: Path)
         made.update_and_fetch(rows[:, :, :count], rows[:, :, :count])
         return made
 
-    assert "the backbone; found one for nobody/nothing, which is not here; give it with --b" in refusal(
+    assert "the backbone; found a file that names nobody/nothing, which is not here; give it with --b" in refusal(
         filled(KVCache())
     )
     wide = KVCache()
@@ -217,10 +219,20 @@ def test_files_that_are_refused(released: Callable[[str], Path], tmp_path: Path)
     assert "expected KVCache or RotatingKVCache in layer 0; found QuantizedKVCache" in refusal(wide.to_quantized())
     full = RotatingKVCache(max_size=4)
     filled(full)
-    assert "expected every row in layer 0; found 5 for 5 tokens" in refusal(full)
+    told = "expected every row in layer 0; found a window that rotated over 5 tokens; make the cache of a shorter"
+    assert told in refusal(full)
     several = KVCache()
     several.update_and_fetch(mx.zeros((2, 2, 5, 16)), mx.zeros((2, 2, 5, 16)))
     assert "expected tensor 0.0 of [1, kv_heads, length, head_dim]" in refusal(several)
+    save_prompt_cache(str(path), [filled(KVCache())], {})
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    for more in ("0.3", "1.0", "other"):
+        mx.save_safetensors(str(path), {**arrays, more: mx.zeros(2)}, metadata)
+        with pytest.raises(FormatError, match=f"the tensors of 1 layers and nothing else; found {more}; save_prompt"):
+            import_mlx(path)
+    mx.save_safetensors(str(path), {**arrays, "0.2": mx.array(999, mx.int32)}, metadata)
+    with pytest.raises(FormatError, match=r"every row in layer 0; found \d+ for 999 tokens; save_prompt_cache"):
+        import_mlx(path)
     save_file({"0.0": np.zeros(2, np.float32)}, path, {"format": "pt"})
     with pytest.raises(FormatError, match="expected a prompt cache of mlx-lm; found other safetensors"):
         import_mlx(path)
@@ -265,6 +277,40 @@ def test_numbers_that_float16_does_not_reach_are_refused(released: Callable[[str
 def test_names_that_mlx_does_not_read_are_refused(released: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in \.safetensors; found '\.cache'; .*: use my\.cache\.safetensors"):
         export_mlx(stored(model_of("llama"), released("llama")), tmp_path / "my.cache")
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    for settings, told in (
+        ({"dtype": "float64"}, "expected dtype=stored or float32 or float16 or bfloat16; found 'float64'"),
+        ({"layout": "new"}, "expected layout=current or older; found 'new'"),
+    ):
+        with pytest.raises(ConfigError, match=f"export --mlx: {told}"):
+            export_mlx(small_prefix(), tmp_path / "cache.safetensors", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_an_older_layout_has_no_numbers(released: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    export_mlx(stored(model_of("llama"), released("llama")), str(path), layout="older")
+    assert import_mlx(str(path), backbone=released("llama")).manifest.injections[0].length == LENGTH
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    mx.save_safetensors(str(path), {**arrays, "0.2": mx.array(LENGTH, mx.int32)}, metadata)
+    with pytest.raises(FormatError, match=r"the tensors of 2 layers and nothing else; found 0\.2"):
+        import_mlx(path)
+
+
+def test_numbers_and_lengths_that_no_prefix_has(released: Callable[[str], Path], tmp_path: Path) -> None:
+    path, prefix = tmp_path / "cache.safetensors", stored(model_of("llama"), released("llama"))
+    name, array = next(iter(prefix.tensors.items()))
+    export_mlx(Prefix(prefix.manifest, {**prefix.tensors, name: array * np.float32("nan")}), path)
+    with pytest.raises(FormatError, match=rf"^{path}: expected finite numbers for {name}; found NaN or Infinity; its"):
+        import_mlx(path, backbone=str(released("llama")))
+    whole = {name: np.resize(array, (2, 128, 16)) for name, array in prefix.tensors.items()}
+    (record,) = prefix.manifest.injections
+    record = replace(record, length=128, positions=Positions(text_start=128))
+    export_mlx(Prefix(replace(prefix.manifest, injections=(record,)), whole), path)
+    with pytest.raises(MismatchError, match=rf"^{path}: expected fewer than the 128 positions of .*; found 128; give"):
+        import_mlx(path, backbone=str(released("llama")))
 
 
 def test_commands(released: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,11 @@ def test_a_backbone_that_is_not_here(tmp_path: Path, imported: Prefix) -> None:
     edit(tmp_path / "made", base_model_name_or_path="prefixkit-tests/no-such-model")
     with pytest.raises(BackboneError, match="names prefixkit-tests/no-such-model, which is not here; give it with --b"):
         import_peft(tmp_path / "made")
+    for name in ("a" * 5000, "nobody/" + "a" * 5000, "/" + "a" * 5000, "a\0b"):
+        edit(tmp_path / "made", base_model_name_or_path=name)
+        with pytest.raises(BackboneError, match="which is not here; give it with --backbone") as caught:
+            import_peft(tmp_path / "made")
+        assert len(str(caught.value)) < 400
     edit(tmp_path / "made", base_model_name_or_path=None)
     with pytest.raises(BackboneError, match="names none"):
         import_peft(tmp_path / "made")
@@ -167,6 +172,8 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"num_transformer_submodules": 3}, "expected num_transformer_submodules 1 for its task_type; found 3"),
         ({"num_transformer_submodules": "2"}, "expected num_transformer_submodules 1 for its task_type; found '2'"),
         ({"num_layers": "two"}, "expected num_layers, a whole number from 1; found 'two'"),
+        ({"revision": 5}, "adapter_config.json: expected revision, a string or null; found 5"),
+        ({"base_model_name_or_path": ["a"]}, "expected base_model_name_or_path, a string or null; found ['a']"),
         ({"num_virtual_tokens": 0}, "expected num_virtual_tokens, a whole number from 1; found 0"),
         ({"num_attention_heads": 3}, "expected token_dim to be a multiple of its 3 heads; found 32"),
         ({"num_virtual_tokens": 6}, "expected prompt_embeddings of [6, 128], as adapter_config.json says"),
@@ -209,6 +216,15 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
+def test_numbers_that_no_prefix_has(imported: Prefix, tmp_path: Path) -> None:
+    weights = tmp_path / "made" / "adapter_model.safetensors"
+    stored = load_file(weights)["prompt_embeddings"].copy()
+    stored[0, 0] = np.nan
+    save_file({"prompt_embeddings": stored}, weights)
+    told = f"{tmp_path / 'made'}: expected finite numbers for decoder.self.layers.0.key; found NaN or Infinity; its"
+    assert refusal(tmp_path / "made").startswith(told)
+
+
 def test_another_backbone_is_refused(backbone_folder: Folder, imported: Prefix, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"backbone's 2 layers .* \(4, 16, 16\); found 2 of \(2, 16, 16\)"):
         import_peft(tmp_path / "made", backbone=backbone_folder("gpt2"))
@@ -226,17 +242,23 @@ def test_a_window_that_would_swallow_the_prefix_is_told(backbone_folder: Folder,
 def test_what_peft_cannot_express_is_not_exported(imported: Prefix, tmp_path: Path) -> None:
     (record,) = imported.manifest.injections
     moved = replace(record, positions=Positions(text_start=0, prefix_takes_positions=False))
+    slots = replace(record, placement="slots")
     head = replace(record, kind="task_head", stack=None, attention=None, length=None, positions=None, labels=2)
     uneven = {**imported.tensors, "decoder.self.layers.1.key": np.zeros((2, LENGTH, 8), np.float32)}
     mixed = {**imported.tensors, "decoder.self.layers.1.key": np.zeros((2, LENGTH, 16), np.float16)}
     for records, tensors, told in (
-        ((moved,), imported.tensors, "text that starts at position 5, after the prefix; found"),
+        (
+            (moved,),
+            imported.tensors,
+            "position 5, after the prefix; found text that starts at 0, as the prefix takes no",
+        ),
+        ((slots,), imported.tensors, "found some in slots of the text; see `prefixkit runtimes`"),
         ((record, head), imported.tensors, "own attention; found key_value_prefix.decoder.self, task_head"),
         ((record,), uneven, r"same shape for all keys and values; found \(2, 5, 16\) and \(2, 5, 8\)"),
         ((record,), mixed, "one dtype for all keys and values; found float16 and float32"),
     ):
         prefix = Prefix(replace(imported.manifest, injections=records), tensors)
-        with pytest.raises(FormatError, match=told):
+        with pytest.raises(FormatError, match=rf"^prefix for .*: .*{told}"):
             export_peft(prefix, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

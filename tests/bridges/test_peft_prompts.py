@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_a_prompt_of_a_decoder(kind: str, family: str, backbone_folder: Folder, 
     assert before.dtype == after.dtype
     assert before.tobytes() == after.tobytes()
     said, says = (json.loads((place / "adapter_config.json").read_text()) for place in (folder, tmp_path / "back"))
+    assert says.pop("peft_type") == "PROMPT_TUNING"
     assert said.items() >= {name: says[name] for name in says if name != "base_model_name_or_path"}.items()
     assert prefix.manifest.backbone == load_backbone(backbone).identity
     assert "lost" not in prefix.manifest.provenance.config
@@ -101,7 +103,8 @@ def test_prefixkit_to_peft_and_back(dtype: Any, backbone_folder: Folder, tmp_pat
     prefix = Prefix(imported.manifest, {name: array.astype(dtype) for name, array in imported.tensors.items()})
     export_peft(prefix, tmp_path / "out")
     back = import_peft(tmp_path / "out", backbone=backbone)
-    assert back.manifest == prefix.manifest
+    provenance = replace(prefix.manifest.provenance, method="prompt-tuning")
+    assert back.manifest == replace(prefix.manifest, provenance=provenance)
     assert back.tensors["prompt.embeddings"].tobytes() == prefix.tensors["prompt.embeddings"].tobytes()
 
 
@@ -130,6 +133,25 @@ def test_a_prompt_of_an_encoder_decoder(kind: str, family: str, tmp_path: Path) 
         expected = logits(PeftModel.from_pretrained(pair_in(backbone), place).eval(), **batch)
         assert (found - expected).abs().max() <= TOLERANCE
         assert (expected - bare).abs().max() > EFFECT
+
+
+def test_what_made_a_prompt_decides_nothing(backbone_folder: Folder, tmp_path: Path) -> None:
+    """`method` is told, never acted on."""
+    backbone, written = backbone_folder("llama"), []
+    prefix = import_peft(made_by_peft(decoder_in(backbone), tmp_path / "peft", "P_TUNING"), backbone=backbone)
+    for method in ("p-tuning", "prompt-tuning", "whatever"):
+        provenance = replace(prefix.manifest.provenance, method=method)
+        export_peft(Prefix(replace(prefix.manifest, provenance=provenance), prefix.tensors), tmp_path / method)
+        written.append([(tmp_path / method / name).read_bytes() for name in ("adapter_config.json", WEIGHTS)])
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_prompt_as_long_as_the_context_is_refused(backbone_folder: Folder, tmp_path: Path) -> None:
+    backbone = backbone_folder("llama")
+    folder = made_by_peft(decoder_in(backbone), tmp_path / "peft", "PROMPT_TUNING")
+    save_file({"prompt_embeddings": np.zeros((128, 64), np.float32)}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(MismatchError, match=rf"^{folder}: expected fewer than the 128 positions of .*; found 128"):
+        import_peft(edit(folder, num_virtual_tokens=128), backbone=backbone)
 
 
 def edit(folder: Path, **changes: Any) -> Path:

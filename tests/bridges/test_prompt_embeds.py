@@ -74,7 +74,8 @@ def test_files_hold_the_prompt_alone_and_say_so(backbone_folder: Folder, tmp_pat
     carried = export_vllm(prefix, tmp_path / "vllm")
     assert (decoded((tmp_path / "vllm").read_text()).numpy() == prefix.tensors["prompt.embeddings"]).all()
     assert "prefixkit.bridges.prompt_embeds.vllm_prompt_embeds" in carried.lost[0]
-    carried = export_sglang(prefix, tmp_path / "sglang")
+    carried = export_sglang(prefix, str(tmp_path / "sglang"))
+    assert carried.output == tmp_path / "sglang"
     stored = json.loads((tmp_path / "sglang").read_text())["input_embeds"]
     assert (np.array(stored, np.float32) == prefix.tensors["prompt.embeddings"]).all()
     assert "prefixkit.bridges.prompt_embeds.sglang_input_embeds" in carried.lost[0]
