@@ -66,7 +66,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         name="peft",
         title="PEFT",
         goes="keys and values of a decoder, or of that of an encoder-decoder; prompts of both "
-        "(PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING)",
+        "(PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING; P_TUNING comes in and goes as PROMPT_TUNING)",
         stays="layers of different shapes: PEFT keeps one tensor for all of them; text that does not start behind the "
         "prefix; for encoder-decoders, keys and values of the encoder or between the two",
         exporter="prefixkit.bridges.peft:export_peft",

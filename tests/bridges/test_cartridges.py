@@ -203,7 +203,7 @@ def wide() -> dict[str, Any]:
         ({}, "expected frozen_keys or fixed_keys; found nothing"),
         (without("trainable_values"), "expected trainable_values; found frozen_keys, frozen_values, trainable_keys"),
         ({**lists(), "frozen_keys": 3}, "expected frozen_keys, a list of tensors; found a int"),
-        ({**lists(), "frozen_keys": torch.zeros(1).expand(10**9)}, "a list of tensors; found a Tensor"),
+        ({**lists(), "frozen_keys": torch.zeros(1).expand(2)}, "a list of tensors; found a Tensor"),
         ({**lists(), "frozen_keys": ["a", "b"]}, "expected frozen_keys, a list of tensors; found a list"),
         ({**lists(), "frozen_keys": [torch.zeros(HEADS, 1, DIM)] * 2}, "found [2, 1, 16] in float32"),
         ({**lists(), "frozen_keys": [torch.zeros(1, HEADS, 1, DIM).double()] * 2}, "found [1, 2, 1, 16] in float64"),
@@ -306,4 +306,6 @@ def test_commands(backbone_folder: Folder, tmp_path: Path, capfd: pytest.Capture
     short = save(small_prefix(length=3, dtype=ml_dtypes.bfloat16), tmp_path / "short")
     assert short.manifest.content
     assert run(["export", "--cartridges", str(tmp_path / "short"), "-o", str(back)]) == 0
-    assert capfd.readouterr().err.count("warning: ") == 2
+    told = capfd.readouterr().err
+    assert told.count("warning: ") == 3
+    assert "tokasaurus is not told how to ask" in told
