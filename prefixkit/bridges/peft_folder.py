@@ -87,12 +87,26 @@ def read_adapter(folder: Path) -> tuple[Adapter, Array]:
 
 
 def write_adapter(folder: str | Path, adapter: Adapter, tensor: Array) -> None:
-    """Write a folder that PEFT loads, whole or not at all. Raises InputError where that cannot be done."""
+    """Write a folder that PEFT loads, whole or not at all.
+
+    Only a folder that this function wrote is replaced. Raises InputError for another one, and where it cannot write.
+    """
     config = json.dumps(_config(adapter), indent=2, sort_keys=True)
     flat = np.ascontiguousarray(tensor).reshape(adapter.shape[0], -1)
-    with replacing_folder(folder, marker=CONFIG) as target:
+    with replacing_folder(folder, marker=CONFIG if _is_ours(Path(folder)) else None) as target:
         write_bytes(target / CONFIG, f"{config}\n".encode())
         write_stream(target / WEIGHTS, encode({_TENSOR: stored_tensor(flat)}, {"format": "pt"}))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it holds what `write_adapter` writes and nothing else; PEFT itself says more in its configuration."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {CONFIG, WEIGHTS}:
+        return False
+    stored = read_json((folder / CONFIG).read_bytes(), folder / CONFIG)
+    written = (_config(Adapter(kind=known, length=1, width=1)) for known in (*KEYS_AND_VALUES, *PROMPTS))
+    return isinstance(stored, dict) and any(
+        config["peft_type"] == stored.get("peft_type") and set(config) == set(stored) for config in written
+    )
 
 
 def _adapter(folder: Path) -> Adapter:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import CartridgeConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -275,6 +275,22 @@ def test_an_export_replaces_its_own_kind_only(imported: Prefix, tmp_path: Path) 
     with pytest.raises(InputError, match="found other files in it"):
         export_peft(imported, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_folders_that_peft_saved_are_not_replaced(imported: Prefix, backbone_folder: Folder, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    get_peft_model(model_in(backbone_folder("llama")), LoraConfig(target_modules=["q_proj"])).save_pretrained(lora)
+    (lora / "checkpoint-500").mkdir()
+    (lora / "checkpoint-500" / "optimizer.pt").touch()
+    # A prefix that PEFT trained, without the README.md that it writes.
+    (tmp_path / "made" / "README.md").unlink()
+    export_peft(imported, tmp_path / "ours")
+    (tmp_path / "ours" / "notes.txt").touch()
+    for folder in (lora, tmp_path / "made", tmp_path / "ours"):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(InputError, match="expected an empty folder or a new one; found other files in it"):
+            export_peft(imported, folder)
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_commands(backbone_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
