@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from prefixkit.bridges.genai_config import SpecialTokens
+from prefixkit.bridges.genai_prompt import encode_code, examples
+from prefixkit.bridges.onnx_adapter import model_version
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix
+from prefixkit.task.encode import input_fields, is_chat
+from prefixkit.task.tokenizer import ModelTokenizer
 
 _TEXT = """# {backbone} with prefixes, for onnxruntime-genai
 
@@ -12,9 +16,11 @@ Written by prefixkit from an export whose logits were compared with PyTorch's. B
 `{weights}`, {dtype}.
 Each file in `adapters/` is a prefix; `{name}` has {length} slots.
 
-```python
-from itertools import takewhile
+The code runs inside this folder:
 
+```python
+{imports}from itertools import takewhile
+{paths}
 import numpy as np
 import onnxruntime_genai as og
 
@@ -25,12 +31,10 @@ adapters = og.Adapters(model)
 adapters.load("adapters/{name}.onnx_adapter", "{name}")
 
 
-def encode(text):  # as the prefix of `{name}` was trained
-    return [{bos}*tokenizer.encode({template}.replace("{{input}}", text)), *tokenizer.encode({separator})]
+{encode}
 
-
-def write(texts, prefix=None, new_tokens=40):
-    rows = [encode(text) for text in texts]
+def write(asked, prefix=None, new_tokens=40):
+    rows = [encode(**fields) for fields in asked]
     width = max(map(len, rows))
     params = og.GeneratorParams(model)
     params.set_search_options(batch_size=len(rows), max_length=width + new_tokens)
@@ -44,11 +48,11 @@ def write(texts, prefix=None, new_tokens=40):
     written = [generator.get_sequence(row)[width:] for row in range(len(rows))]
     # What has ended is filled up with padding.
     ended = [list(takewhile(lambda id_: id_ not in {ends}, row)) for row in written]
-    return [tokenizer.decode(np.array(row, dtype=np.int32)) for row in ended]
+    return [tokenizer.decode(np.array(row, dtype=np.int32)).strip() for row in ended]
 
 
-print(write(["a text", "and another one"], "{name}"))
-print(write(["a text"]))  # the backbone alone
+print(write({examples}, "{name}"))
+print(write({examples}[:1]))  # the backbone alone
 ```
 
 {task}
@@ -65,6 +69,8 @@ Another prefix for this backbone:
 ```bash
 prefixkit export --onnx-adapter OTHER{option} -o adapters/other.onnx_adapter
 ```
+
+It stays there when the folder is exported again, as long as the weights and {dtype} stay.
 
 Neither genai nor ONNX Runtime compares an adapter with the model. Both carry the number {version} for these weights:
 the graph as `prefixkit.model_version` in its metadata, the adapter as
@@ -88,30 +94,44 @@ options.add_active_adapter(adapter)
 """
 
 
-def readme(prefix: Prefix, name: str, tokens: SpecialTokens, dtype: str, version: int) -> str:
-    """The text for a folder of `dtype` whose adapter for `prefix` is called `name`; `version` is the model's."""
+_CHAT = """Prompts are conversations, and `rendered` is one as the chat template of transformers renders it:
+
+```python
+AutoTokenizer.from_pretrained(".").apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+```
+
+genai's own `apply_chat_template` trims no blocks and has other special tokens: it may write what the prefix was not
+trained on. A message that spells a special token has it, so check messages of strangers before.
+"""
+
+
+def readme(prefix: Prefix, name: str, tokens: SpecialTokens, dtype: str, tokenizer: ModelTokenizer) -> str:
+    """The text for a folder of `dtype` with `tokenizer`, whose adapter for `prefix` is called `name`."""
     backbone, task = prefix.manifest.backbone, prefix.manifest.task
-    plain = task is not None and task.chat_template_hash is None
+    chat = task is not None and is_chat(task)
     return _TEXT.format(
         backbone=backbone.name,
         weights=backbone.weights_hash,
         dtype=dtype,
         name=name,
         length=prefix.manifest.injections[0].length,
-        bos=f"{tokens.bos}, " if task is not None and task.bos == "after" else "",
-        template=repr(task.input_template if task is not None and plain else "{input}"),
-        separator=repr(task.separator if task is not None and plain else ""),
+        imports="" if chat else "import json\nimport re\n",
+        paths="" if chat else "from pathlib import Path\n",
+        encode=encode_code(task, tokenizer),
+        examples=list(examples(task, tokenizer)),
         pad=tokens.pad,
-        ends=tokens.ends,
+        ends=set(tokens.ends),
         task=_contract(task),
         option="" if dtype == "float32" else f" --dtype {dtype}",
-        version=version,
+        version=model_version(backbone),
     )
 
 
 def _contract(task: TaskRecord | None) -> str:
     if task is None:
         return "The prefix states no task: what its prompts look like is for its maker to say.\n"
-    if task.chat_template_hash is not None:
-        return "Prompts go through the tokenizer's chat template: `tokenizer.apply_chat_template` in `encode`.\n"
-    return f"Text ends with {' or '.join(f'`{stop}`' for stop in task.stop)}, which `eos_token_id` has.\n"
+    if is_chat(task):
+        return _CHAT
+    fields = " and ".join(f"`{name}`" for name in input_fields(task))
+    ends = " or ".join(f"`{stop}`" for stop in task.stop)
+    return f"An input has the field {fields}. Text ends with {ends}, which `eos_token_id` has.\n"

@@ -9,6 +9,7 @@ weights hash (`model_version`), which the graph states as well, as `prefixkit.mo
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,63 +17,77 @@ import numpy as np
 
 from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.decoder_prefix import keys_and_values
+from prefixkit.bridges.narrowed import narrowed
 from prefixkit.bridges.prefixed_graph import PREFIX
+from prefixkit.errors import ConfigError
 from prefixkit.format.atomic import write_bytes
 from prefixkit.format.manifest import BackboneIdentity
 from prefixkit.prefix import Array, Prefix
-from prefixkit.serving.prefix_table import converted
 
 TITLE = "an adapter of ONNX Runtime"
+DTYPES = ("float32", "float16")
+_NEXT = (
+    'session = onnxruntime.InferenceSession("FOLDER/model.onnx") of the FOLDER that `prefixkit export --genai` wrote; '
+    "adapter = onnxruntime.LoraAdapter(); adapter.Load({}); options = onnxruntime.RunOptions(); "
+    "options.add_active_adapter(adapter); session.run(None, inputs, options)"
+)
 _VERSION = 1
 """Of what the tensors are called."""
 
 
-def export_onnx_adapter(prefix: Prefix, output: Path, *, dtype: str = "float32") -> Carried:
+def export_onnx_adapter(prefix: Prefix, output: str | Path, *, dtype: str = "float32") -> Carried:
     """Write `prefix` to the file `output`, for a folder that `prefixkit export --genai` wrote of its backbone.
 
     Args:
         dtype: of the graph that takes it, float32 or float16.
 
     Raises:
-        FormatError: something besides keys and values right before the text of a decoder.
-        InputError: numbers that `dtype` cannot hold, or a file that cannot be written; what was there stays.
+        ConfigError: another dtype.
+        FormatError: something besides keys and values right before the text of a decoder, or numbers that `dtype`
+            cannot hold.
+        InputError: a file that cannot be written; what was there stays.
     """
-    write_adapter(prefix, output, dtype)
-    lost = lost_in(prefix, dtype)
+    output = Path(output)
+    check_dtype(dtype)
+    lost = write_adapter(prefix, output, dtype)
     if prefix.manifest.backbone.weights_hash is None:
         lost = (*lost, "the weights of the backbone are unknown, so that the adapter's model version is 0")
-    return Carried(output=output, next=f'adapter = onnxruntime.LoraAdapter(); adapter.Load("{output}")', lost=lost)
+    return Carried(output=output, next=_NEXT.format(repr(str(output))), lost=lost)
 
 
-def write_adapter(prefix: Prefix, output: Path, dtype: str) -> None:
-    """Write the file alone; see `export_onnx_adapter`."""
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError where no graph has inputs of `dtype`."""
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+
+
+def write_adapter(prefix: Prefix, output: Path, dtype: str) -> tuple[str, ...]:
+    """Write the file alone; see `export_onnx_adapter`. Gives what `dtype` cannot hold, a sentence each."""
     import onnxruntime
 
+    tensors, lost = fitted(prefix, dtype)
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(_VERSION)
     adapter.set_model_version(model_version(prefix.manifest.backbone))
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs(prefix, dtype).items()}
-    adapter.set_parameters(values)
+    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()})
     # ONNX Runtime writes to a path of its own accord, and not atomically.
     with TemporaryDirectory() as made:
         adapter.export_adapter(str(Path(made) / "adapter"))
         write_bytes(output, (Path(made) / "adapter").read_bytes())
+    return lost
 
 
-def inputs(prefix: Prefix, dtype: str = "float32") -> dict[str, Array]:
-    """What a prefixed graph of `dtype` is fed, [1, kv_heads, prefix, head_dim] by name. Raises as the export does."""
-    keys_and_values(prefix, TITLE)
-    tensors = converted(prefix, "decoder", "self", np.dtype(dtype))
-    names = [name % layer for layer in range(len(tensors) // 2) for name in PREFIX]
-    return {name: tensor[None] for name, tensor in zip(names, tensors, strict=True)}
+def fitted(prefix: Prefix, dtype: str = "float32") -> tuple[dict[str, Array], tuple[str, ...]]:
+    """What a prefixed graph of `dtype` is fed, [1, kv_heads, prefix, head_dim] by name, and what was rounded for it.
 
-
-def lost_in(prefix: Prefix, dtype: str) -> tuple[str, ...]:
-    """What a graph of `dtype` cannot hold of `prefix`."""
-    stored = sorted({str(array.dtype) for array in prefix.tensors.values()} - {dtype})
-    if dtype != "float16" or not stored:
-        return ()
-    return (f"numbers were rounded from {' and '.join(stored)} to float16",)
+    Raises FormatError as the export does.
+    """
+    pairs, lost = narrowed(
+        keys_and_values(prefix, TITLE), dtype, otherwise="use --dtype float32, for graph and adapter"
+    )
+    names = [(key % layer, value % layer) for layer in range(len(pairs)) for key, value in (PREFIX,)]
+    tensors = zip(chain.from_iterable(names), chain.from_iterable(pairs), strict=True)
+    return {name: np.ascontiguousarray(tensor)[None] for name, tensor in tensors}, lost
 
 
 def model_version(backbone: BackboneIdentity) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from prefixkit.bridges.decoder_prefix import keys_and_values
+from prefixkit.errors import InputError
+from prefixkit.format.atomic import replacing_folder
+from prefixkit.format.canonical import read_json
 from prefixkit.prefix import Prefix, load
 
 GRAPH = "model.onnx"
 MARKER = "prefixkit.json"
-"""By which a folder of ours is known: other tools write folders with the same names in them."""
+"""By which a folder of ours is known, and the runtime that it is for: other tools write folders with the same names in
+them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,23 @@ class Portable:
 
     prefix: Prefix
     facts: Mapping[str, Any]
+
+
+@contextmanager
+def runtime_folder(output: Path, runtime: str) -> Iterator[Path]:
+    """What `replacing_folder` gives, where only a folder that was written for the same runtime (its title) is replaced.
+
+    Raises InputError for other folders, and as `replacing_folder` does.
+    """
+    marker = output / MARKER
+    if marker.is_file():
+        stored = read_json(marker.read_bytes(), marker)
+        found = stored.get("runtime") if isinstance(stored, dict) else None
+        if found != runtime:
+            expected, told = f"a new folder or one for {runtime}", f"one for {found or 'something else'}"
+            raise InputError(output, expected=expected, found=told, next_step="choose another folder")
+    with replacing_folder(output, marker=MARKER) as folder:
+        yield folder
 
 
 def write_portable(prefix: Prefix, backbone: str, folder: Path, *, dtype: str, runtime: str) -> Portable:
@@ -55,7 +77,11 @@ def write_portable(prefix: Prefix, backbone: str, folder: Path, *, dtype: str, r
     for file in [path for path in made.rglob("*") if path.is_file()]:
         file.rename(folder / file.name)
     shutil.rmtree(made)
-    told = {"version": 1, **{name: facts[name] for name in ("prefixkit", "backbone", "versions", "parity")}}
+    told = {
+        "version": 1,
+        "runtime": runtime,
+        **{name: facts[name] for name in ("prefixkit", "backbone", "versions", "parity")},
+    }
     (folder / MARKER).write_text(f"{json.dumps(told, indent=2, sort_keys=True)}\n", encoding="utf-8")
     return Portable(folded, facts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from functools import cache
@@ -16,16 +17,16 @@ import pytest
 from prefixkit.bridges import genai
 from prefixkit.bridges.genai_config import special_tokens
 from prefixkit.bridges.genai_readme import readme
-from prefixkit.bridges.onnx_adapter import inputs
+from prefixkit.bridges.onnx_adapter import export_onnx_adapter, fitted
 from prefixkit.cli import run
-from prefixkit.errors import BackboneError, FormatError, InputError, ParityError
-from prefixkit.format.manifest import Positions
+from prefixkit.errors import BackboneError, ConfigError, FormatError, InputError, ParityError
+from prefixkit.format.manifest import Positions, TaskRecord
 from prefixkit.prefix import Prefix, save
-from prefixkit.task import encode_prompt, load_tokenizer
+from prefixkit.task import encode_prompt, load_task, load_tokenizer, render_chat
 from tests.bridges import folders
 from tests.bridges.folders import EFFECT, STEPS, TOLERANCE, in_pytorch, prefixes, texts
-from tests.exported import LENGTH, TASK, backbone
-from tests.small_tokenizer import END, write_folder
+from tests.exported import LENGTH, TASK, backbone, exported
+from tests.small_tokenizer import CHAT_TEMPLATE, END, write_folder
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-genai" / "bin" / "python"
@@ -98,28 +99,91 @@ def test_the_folder_says_what_genai_asks() -> None:
     assert not list(folders.genai("llama").glob("portable*"))
 
 
+def readme_code(folder: Path) -> str:
+    code: str = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    return code
+
+
 def test_the_code_in_the_readme_runs() -> None:
-    code = re.findall(r"```python\n(.*?)```", (folders.genai("llama") / "README.md").read_text(), re.DOTALL)[0]
-    told = in_genai(
-        "-c", f"{code}\nprint([int(id_) for id_ in encode('Blue Spice <pub>')])", cwd=folders.genai("llama")
-    )
-    *written, encoded = told.splitlines()
-    fields = {"input": "Blue Spice <pub>"}
-    assert json.loads(encoded) == encode_prompt(TASK, load_tokenizer(backbone("llama")), fields)
+    folder = folders.genai("llama")
+    asked = {"input": "Blue Spice <pub>"}
+    more = f"print([int(id_) for id_ in encode(**{asked})])"
+    *written, encoded = in_genai("-c", f"{readme_code(folder)}\n{more}", cwd=folder).splitlines()
+    assert json.loads(encoded) == encode_prompt(TASK, load_tokenizer(backbone("llama")), asked)
     assert len(written) == 2
 
 
-def test_the_readme_of_other_tasks() -> None:
+TASKS: dict[str, tuple[TaskRecord | None, dict[str, str]]] = {
+    "two fields": (
+        replace(TASK, input_template="{premise} and {hypothesis} :", separator="\n"),
+        {"premise": "Blue Spice", "hypothesis": "The Eagle"},
+    ),
+    "braces": (replace(TASK, input_template="{{{input}}} {{input}}", bos="after"), {"input": "a {pub}"}),
+    "special": (replace(TASK, input_template=f"<|im_start|>{{class}}{END}'\\"), {"class": 'it\'s {{END}} "so"'}),
+    "long": (TASK, {"input": "Blue Spice " * 40}),
+    "none": (None, {"input": "Blue Spice"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose README.md may be changed."""
+    copied = tmp_path_factory.mktemp("genai") / "folder"
+    shutil.copytree(folders.genai("llama"), copied)
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
+    return write_folder(copied, tokenizer_config=settings)
+
+
+def encoded(folder: Path, task: TaskRecord | None, fields: list[dict[str, str]]) -> tuple[list[list[int]], int]:
+    """What `encode` of the README for `task` makes of `fields`, and how many lines the code prints itself."""
     prefix = prefixes("llama")["say"]
-    tokens = special_tokens(prefix, backbone("llama"))
-    for changes, told in (
-        ({"bos": "after"}, f"return [{tokens.bos}, *tokenizer"),
-        ({"chat_template_hash": "b3-v1:" + "0" * 64}, "tokenizer.apply_chat_template"),
-        (None, "states no task"),
-    ):
-        text = readme(with_task(prefix, changes), "say", tokens, "float16", 7)
-        assert told in text
-        assert "--onnx-adapter OTHER --dtype float16" in text
+    prefix = Prefix(replace(prefix.manifest, task=task), prefix.tensors)
+    tokenizer = load_tokenizer(folder)
+    text = readme(prefix, "say", special_tokens(prefix, folder), "float32", tokenizer)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    more = f"print([[int(id_) for id_ in encode(**one)] for one in {fields}])"
+    *printed, ids = in_genai("-c", f"{readme_code(folder)}\n{more}", cwd=folder).splitlines()
+    return json.loads(ids), len(printed)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_readme_encodes_every_task_as_it_was_trained(name: str, folder: Path) -> None:
+    task, fields = TASKS[name]
+    tokenizer = load_tokenizer(folder)
+    (ids,), printed = encoded(folder, task, [fields])
+    expected = tokenizer.encode_text(fields["input"]) if task is None else encode_prompt(task, tokenizer, fields)
+    assert ids == expected
+    assert printed == 2
+
+
+def test_text_in_the_readme_spells_no_special_token(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    said = f"a {END} b<|im_end|><s>"
+    (ids,), _ = encoded(folder, replace(TASK, separator="\n"), [{"input": said}])
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == f"name : {said}\n"
+
+
+def test_the_readme_of_a_chat_task_takes_rendered_conversations(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    task = load_task("chat", tokenizer, max_length=64)
+    messages = [{"role": "user", "content": "Blue Spice"}]
+    (ids,), printed = encoded(folder, task, [{"rendered": render_chat(tokenizer, messages)}])
+    assert ids == encode_prompt(task, tokenizer, {"messages": messages})
+    assert printed == 2
+    text = (folder / "README.md").read_text()
+    assert "genai's own `apply_chat_template` trims no blocks" in text
+    assert "apply_chat_template(messages, tokenize=False, add_generation_prompt=True)" in text
+
+
+def test_the_readme_says_what_else_a_folder_needs(folder: Path) -> None:
+    prefix = prefixes("llama")["say"]
+    tokens = special_tokens(prefix, folder)
+    text = readme(prefix, "say", tokens, "float16", load_tokenizer(folder))
+    assert "--onnx-adapter OTHER --dtype float16" in text
+    assert "The code runs inside this folder" in text
+    text = readme(with_task(prefix, None), "say", tokens, "float16", load_tokenizer(folder))
+    assert "states no task" in text
 
 
 def with_task(prefix: Prefix, changes: dict[str, Any] | None) -> Prefix:
@@ -140,12 +204,12 @@ def test_special_tokens(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(prefix: Prefix, dtype: str) -> dict[str, Any]:
-        return {name: array * 1.01 for name, array in inputs(prefix, dtype).items()}
+    def wrong(prefix: Prefix, dtype: str) -> Any:
+        return {name: array * 1.01 for name, array in fitted(prefix, dtype)[0].items()}, ()
 
     graph, prefix = folders.genai("gpt2") / "model.onnx", prefixes("gpt2")["say"]
     genai.check_adapter(graph, prefix, "float32")
-    monkeypatch.setattr(genai, "inputs", wrong)
+    monkeypatch.setattr(genai, "fitted", wrong)
     told = r"model.onnx: expected logits of an adapter within 1.0e-03 .* so nothing was written"
     with pytest.raises(ParityError, match=told):
         genai.check_adapter(graph, prefix, "float32")
@@ -162,6 +226,46 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         genai.export_genai(elsewhere(prefix), tmp_path / "out", backbone=str(backbone("gpt2")))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(ConfigError, match="dtype: expected float32 or float16; found 'int8'"):
+        genai.export_genai(prefix, tmp_path / "out", backbone=str(backbone("gpt2")), dtype="int8")
+    large = Prefix(prefix.manifest, {name: array * 1e6 for name, array in prefix.tensors.items()})
+    with pytest.raises(FormatError, match=r"for float16; found .*; use --dtype float32, for graph and adapter"):
+        genai.export_genai(large, tmp_path / "out", backbone=str(backbone("gpt2")), dtype="float16")
+    (tmp_path / "mine" / "prefixkit.json").write_text('{"runtime": "OpenVINO"}')
+    with pytest.raises(InputError, match="expected a new folder or one for onnxruntime-genai; found one for OpenVINO"):
+        genai.export_genai(prefix, tmp_path / "mine", backbone=str(backbone("gpt2")))
+    assert len(list((tmp_path / "mine").iterdir())) == 2
+
+
+def test_adapters_that_users_put_there_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def copied(prefix: Prefix, backbone: str, out_dir: Path, **options: str) -> None:
+        shutil.copytree(exported("gpt2").folder, out_dir)
+
+    monkeypatch.setattr("prefixkit.export.onnx.export_onnx", copied)
+    both, output = prefixes("gpt2"), tmp_path / "g"
+    shutil.copytree(folders.genai("gpt2"), output)
+    mine = (output / "adapters" / "other.onnx_adapter").read_bytes()
+    done = genai.export_genai(both["say"], str(output), backbone=str(backbone("gpt2")))
+    assert done.next.endswith("run in that folder; kept beside say: other")
+    assert sorted(path.name for path in (output / "adapters").iterdir()) == ["other.onnx_adapter", "say.onnx_adapter"]
+    assert (output / "adapters" / "other.onnx_adapter").read_bytes() == mine
+    assert "run in that folder" in done.next
+
+
+def test_adapters_that_would_not_fit_are_not_deleted(tmp_path: Path) -> None:
+    output = tmp_path / "g"
+    shutil.copytree(folders.genai("gpt2"), output)
+    put = output / "adapters" / "put.onnx_adapter"
+    for make, told in (
+        (lambda: put.write_text("Buy milk."), "found another file; move it away"),
+        (lambda: export_onnx_adapter(prefixes("llama")["say"], put), r"found one for \d+ in float32"),
+        (lambda: export_onnx_adapter(prefixes("gpt2")["say"], put, dtype="float16"), r"found one for \d+ in float16"),
+    ):
+        make()
+        before = put.read_bytes()
+        with pytest.raises(InputError, match=rf"put.onnx_adapter: expected an adapter for model version \d+ .*{told}"):
+            genai.export_genai(prefixes("gpt2")["say"], output, backbone=str(backbone("gpt2")))
+        assert put.read_bytes() == before
 
 
 def elsewhere(prefix: Prefix) -> Prefix:

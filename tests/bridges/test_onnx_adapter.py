@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,11 @@ import pytest
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.load import load_backbone
-from prefixkit.bridges.onnx_adapter import export_onnx_adapter, inputs, model_version
+from prefixkit.bridges.onnx_adapter import export_onnx_adapter, fitted, model_version
 from prefixkit.bridges.prefixed_graph import prefixed
 from prefixkit.bridges.trial import session
 from prefixkit.cli import run
-from prefixkit.errors import FormatError, InputError
+from prefixkit.errors import ConfigError, FormatError, InputError
 from prefixkit.export.tracing import trace
 from prefixkit.export.weights import save_graph
 from prefixkit.format.manifest import InjectionRecord, Positions
@@ -135,13 +136,14 @@ def test_the_weights_stay_in_their_file() -> None:
 
 def test_what_dtypes_lose(tmp_path: Path) -> None:
     prefix = small_prefix(seed=1)
-    assert export_onnx_adapter(prefix, tmp_path / "p", dtype="float16").lost == (
-        "numbers were rounded from float32 to float16",
-    )
-    assert {array.dtype for array in inputs(prefix, "float16").values()} == {np.dtype(np.float16)}
+    (rounded,) = export_onnx_adapter(prefix, tmp_path / "p", dtype="float16").lost
+    assert re.fullmatch(r"float16 rounds the prefix, by 0\.000\d+ at most", rounded)
+    assert {array.dtype for array in fitted(prefix, "float16")[0].values()} == {np.dtype(np.float16)}
+    # Quarters, which float16 says as they are.
+    assert export_onnx_adapter(small_prefix(), str(tmp_path / "p"), dtype="float16").lost == ()
     narrow = small_prefix(seed=1, dtype=ml_dtypes.bfloat16)
     assert export_onnx_adapter(narrow, tmp_path / "p").lost == ()
-    for held, array in zip(inputs(narrow).values(), narrow.tensors.values(), strict=True):
+    for held, array in zip(fitted(narrow)[0].values(), narrow.tensors.values(), strict=True):
         assert (held[0] == array.astype(np.float32)).all()
     unknown = replace(prefix.manifest, backbone=replace(prefix.manifest.backbone, weights_hash=None))
     (sentence,) = export_onnx_adapter(Prefix(unknown, prefix.tensors), tmp_path / "p").lost
@@ -166,8 +168,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=told):
             export_onnx_adapter(Prefix(replace(prefix.manifest, injections=(changed,)), prefix.tensors), tmp_path / "p")
     large = Prefix(prefix.manifest, {name: array * 1e6 for name, array in prefix.tensors.items()})
-    with pytest.raises(InputError, match="expected numbers that float16 can hold"):
+    told = r"expected numbers up to 65504 for float16; found [\d.e+]+; use --dtype float32, for graph and adapter"
+    with pytest.raises(InputError, match=told):
         export_onnx_adapter(large, tmp_path / "p", dtype="float16")
+    with pytest.raises(ConfigError, match="dtype: expected float32 or float16; found 'int8'"):
+        export_onnx_adapter(prefix, tmp_path / "p", dtype="int8")
     with pytest.raises(InputError, match="expected an existing folder"):
         export_onnx_adapter(prefix, tmp_path / "nowhere" / "p")
     assert list(tmp_path.iterdir()) == []
@@ -192,7 +197,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", "--onnx-adapter", str(tmp_path / "p"), "-o", str(tmp_path / "p.onnx_adapter")]
     assert run([*arguments, "--dtype", "float16"]) == 0
     told = capsys.readouterr()
-    assert "warning: numbers were rounded from float32 to float16" in told.err
-    assert f'next: adapter = onnxruntime.LoraAdapter(); adapter.Load("{tmp_path / "p.onnx_adapter"}")' in told.out
+    assert "warning: float16 rounds the prefix" in told.err
+    assert told.out.count("\n") == 2
     assert run([*arguments, "--dtype", "bfloat16"]) == 2
     assert "expected dtype=float32 or float16; found 'bfloat16'" in capsys.readouterr().err
+
+
+def test_what_comes_next_runs(tmp_path: Path) -> None:
+    next_line = export_onnx_adapter(prefixes("gpt2")["say"], tmp_path / "p").next
+    graph = genai("gpt2") / "model.onnx"
+    loading, *steps = next_line.replace(" of the FOLDER that `prefixkit export --genai` wrote", "").split("; ")
+    assert loading == 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")'
+    known = loaded("gpt2").get_inputs()
+    inputs: dict[str, Any] = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in known
+        if value.name.startswith("past")
+    }
+    text = np.array([texts()[0]])
+    inputs |= {"input_ids": text, "attention_mask": np.ones_like(text), "position_ids": np.arange(text.size)[None]}
+    names = {"onnxruntime": onnxruntime, "session": session(graph), "inputs": inputs}
+    exec("; ".join(steps[:-1]), names)
+    logits = eval(steps[-1], names)[0][0]
+    assert np.abs(logits - in_pytorch("gpt2", prefixes("gpt2")["say"], texts()[0])[1][: text.size]).max() <= TOLERANCE

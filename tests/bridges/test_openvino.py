@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -18,15 +19,18 @@ from prefixkit.backbones.load import load_backbone
 from prefixkit.bridges import openvino_folder
 from prefixkit.bridges.openvino import EXACT, past, start, stateful
 from prefixkit.bridges.openvino_folder import export_openvino
+from prefixkit.bridges.openvino_readme import readme
 from prefixkit.bridges.portable import Portable
 from prefixkit.cli import run
-from prefixkit.errors import ConfigError, FormatError, MismatchError, ParityError
+from prefixkit.errors import ConfigError, FormatError, InputError, MismatchError, ParityError
 from prefixkit.export.folded import folded_file
 from prefixkit.format.manifest import InjectionRecord, Positions
 from prefixkit.prefix import Array, Prefix, load, save
+from prefixkit.task import decode_target, encode_prompt, load_tokenizer
 from tests.bridges.folders import EFFECT, STEPS, TOLERANCE, in_pytorch, prefixes, texts
-from tests.exported import LENGTH, backbone, exported, random_prefix, root
+from tests.exported import LENGTH, TASK, backbone, exported, random_prefix, root
 from tests.prefixes import small_prefix
+from tests.small_tokenizer import END
 
 
 def onnx(family: str) -> Any:
@@ -144,9 +148,37 @@ def test_the_folder_and_the_code_in_its_readme(monkeypatch: pytest.MonkeyPatch) 
     names: dict[str, Any] = {}
     exec(code, names)
     text = texts()[0]
-    found = names["write"]([text, text], [prefix, None], new_tokens=STEPS).tolist()
-    assert found == [in_pytorch("gpt2", prefix, text)[0], in_pytorch("gpt2", None, text)[0]]
-    assert found[0] != found[1]
+    found = names["generate"]([text, text[2:]], [prefix, None], new_tokens=STEPS).tolist()
+    assert found == [in_pytorch("gpt2", prefix, text)[0], in_pytorch("gpt2", None, text[2:])[0]]
+    assert found[0] != in_pytorch("gpt2", None, text)[0]
+    asked = {"input": f"Blue Spice {END}"}
+    tokenizer = load_tokenizer(written())
+    tokens, _ = in_pytorch("gpt2", prefix, encode_prompt(TASK, tokenizer, asked))
+    assert names["write"]([asked], [prefix], new_tokens=STEPS) == [decode_target(TASK, tokenizer, tokens)]
+
+
+def test_the_readme_of_other_tasks() -> None:
+    conversation, none = replace(TASK, input_template="{messages}", chat_template_hash="b3-v1:" + "0" * 64), None
+    two = replace(TASK, input_template="{premise} and {hypothesis}")
+    for task, told in (
+        (two, "asked = {'premise': 'a text', 'hypothesis': 'a text'}"),
+        (conversation, "An input is a conversation: `messages`, or `input` for"),
+        (none, 'rows = [tokenizer.encode_text(fields["input"]) for fields in asked]'),
+    ):
+        prefix = prefixes("gpt2")["say"]
+        text = readme(Prefix(replace(prefix.manifest, task=task), prefix.tensors), {"input_ids": "input_ids"})
+        assert told in text
+        compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "README.md", "exec")
+
+
+def test_a_folder_for_another_runtime_stays(tmp_path: Path) -> None:
+    for kind in ("onnxruntime-genai", None):
+        (tmp_path / "prefixkit.json").write_text(json.dumps({"version": 1} | ({"runtime": kind} if kind else {})))
+        told = f"expected a new folder or one for OpenVINO; found one for {kind or 'something else'}; choose another"
+        with pytest.raises(InputError, match=told):
+            export_openvino(prefixes("gpt2")["say"], str(tmp_path), backbone=str(backbone("gpt2")))
+        assert [path.name for path in tmp_path.iterdir()] == ["prefixkit.json"]
+    assert json.loads((written() / "prefixkit.json").read_text())["runtime"] == "OpenVINO"
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
