@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 
 from prefixkit.bridges.carried import Carried
 from prefixkit.bridges.decoder_prefix import keys_and_values
@@ -21,14 +22,17 @@ CONFIG = "kv-transfer-config.json"
 PREFIX = "prefix.safetensors"
 
 
-def export_vllm(prefix: Prefix, output: Path) -> Carried:
+def export_vllm(prefix: Prefix, output: str | Path) -> Carried:
     """Write what vLLM needs for `prefix`: a folder for the connector, or the payload of a soft prompt.
+
+    vLLM is given the configuration as text, so that it names the folder's place: after a move it is to be made again.
 
     Raises:
         FormatError: something else than keys and values or a soft prompt before the text of a decoder; a length that
             does not fill blocks of 16.
         InputError: it cannot be written.
     """
+    output = Path(output)
     if [record.kind for record in prefix.manifest.injections] == ["embedding_prompt"]:
         return write_prompt_embeds(prefix, output)
     length = keys_and_values(prefix, "vLLM")[0][0].shape[1]
@@ -37,13 +41,17 @@ def export_vllm(prefix: Prefix, output: Path) -> Carried:
         step = f"use one of {below} or {below + BLOCK} slots" if below else f"use one of {BLOCK} slots"
         expected = f"a length that is a multiple of vLLM's block of {BLOCK}"
         raise FormatError("prefix", expected=expected, found=str(length), next_step=step)
-    name, folder = output.name, Path(output).resolve()
+    folder = output.resolve()
+    name = folder.name
     with replacing_folder(output, marker=CONFIG) as target:
         save(prefix, target / PREFIX)
         write_bytes(target / CONFIG, f"{json.dumps(_config(name, folder / PREFIX), indent=2)}\n".encode())
-    server = f'vllm serve MODEL --kv-transfer-config "$(cat {output / CONFIG})"'
+    server = f'vllm serve MODEL --kv-transfer-config "$(cat {quote(str(folder / CONFIG))})"'
     filler = prefix.manifest.task.filler_id if prefix.manifest.task is not None else 0
-    return Carried(output=output, next=f'{server}; cache_salt "{name}", {length} ids {filler or 0} before the prompt')
+    request = f'cache_salt "{name}", {length} ids {filler or 0} before the prompt'
+    return Carried(
+        output=output, next=f"{server}; {request}; the folder stays where it is, as {CONFIG} names its place"
+    )
 
 
 def _config(name: str, path: Path) -> dict[str, object]:

@@ -247,7 +247,11 @@ def test_the_folder_for_a_server(tmp_path: Path) -> None:
     (path,) = stored["kv_connector_extra_config"]["prefixes"].values()
     assert Path(path).read_bytes() == (tmp_path / "persona" / "prefix.safetensors").read_bytes()
     assert 'cache_salt "persona", 16 ids 0 before the prompt' in carried.next
+    assert f'--kv-transfer-config "$(cat {tmp_path / "persona" / "kv-transfer-config.json"})"' in carried.next
+    assert carried.next.endswith("; the folder stays where it is, as kv-transfer-config.json names its place")
     assert carried.lost == ()
+    spaced = export_vllm(prefix, str(tmp_path / "my persona"))
+    assert f"$(cat '{tmp_path / 'my persona' / 'kv-transfer-config.json'}')" in spaced.next
 
 
 def test_what_does_not_go_there(tmp_path: Path) -> None:
