@@ -5,7 +5,7 @@ const FOLDED = '`prefixkit export --onnx` folds a prompt into them: use the pref
 
 /** Throws unless the tensors are what the manifest says, and that is what this reader knows. */
 export function checkManifest(manifest, tensors, where) {
-  const { schema, backbone, injections, task } = manifest;
+  const { schema, backbone, injections, task, provenance } = manifest;
   expect(Number.isSafeInteger(schema) && schema > 0, `${where} manifest`, 'a schema number', schema);
   expect(schema === 1, where, 'schema 1', schema, 'take the prefix.mjs of a newer release');
   const stacks = Object.keys(backbone?.stacks ?? {}).join(' and ');
@@ -17,7 +17,22 @@ export function checkManifest(manifest, tensors, where) {
   const within = Number.isSafeInteger(start) && start >= 0 && start < (backbone.context_length ?? Infinity);
   expect(within, `${where} manifest`, 'a text_start within the context', start);
   checkTensors(decoder, record.length, tensors, where);
+  checkNamed(backbone, provenance, `${where} manifest`);
   if (task !== undefined) checkTask(task, `${where} task`);
+}
+
+function checkNamed(backbone, provenance, where) {
+  expect(typeof backbone.name === 'string', where, "text as the backbone's name", backbone.name);
+  for (const level of ['config_hash', 'weights_hash', 'tokenizer_hash']) {
+    const hash = backbone[level] ?? '';
+    expect(typeof hash === 'string', where, `text or nothing as the backbone's ${level}`, hash);
+  }
+  for (const name of ['method', 'prefixkit']) {
+    expect(typeof provenance?.[name] === 'string', where, `a provenance with ${name}`, provenance?.[name]);
+  }
+  const { metrics = {} } = provenance;
+  const named = metrics !== null && typeof metrics === 'object' && !Array.isArray(metrics);
+  expect(named, where, 'an object as metrics', metrics);
 }
 
 function onlyRecord(injections, where) {

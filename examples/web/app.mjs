@@ -12,18 +12,25 @@ let chosen = '';
 let shown = 0;
 let writing = 0;
 
-start().catch(tell);
+/** The model and the page's own prefixes; what is dropped earlier waits for them. */
+const ready = start();
+ready.then(choose).catch(tell);
 
+/** @returns {Promise<string>} the file of the first prefix */
 async function start() {
   const listed = await (await fetched('prefixes/prefixes.json')).json();
   const loading = figures.time('loaded in', () => model.call('load', {}, showProgress));
   const files = Promise.all(listed.map(async ({ file }) => (await fetched(`prefixes/${file}`)).arrayBuffer()));
   await loading;
   $('loading').hidden = true;
-  for (const [index, bytes] of (await files).entries()) await add(listed[index].file, bytes, listed[index].examples);
-  offerNone();
+  for (const [index, bytes] of (await files).entries()) {
+    const { file, examples } = listed[index];
+    const manifest = await add(file, bytes, examples);
+    offer(file, title(manifest, file), hint(manifest, bytes.byteLength));
+  }
+  offer('', 'No prefix', 'the bare model');
   $('write').disabled = false;
-  await choose(listed[0].file);
+  return listed[0].file;
 }
 
 async function fetched(url) {
@@ -39,18 +46,20 @@ function showProgress({ loaded, total }) {
 
 const megabytes = (bytes) => Math.round(bytes / 1e6);
 
-/** Read a prefix file in the worker, which refuses what is not for its model, and offer it. */
+/** Read a prefix file in the worker, which refuses what is not for its model. Gives its manifest. */
 async function add(file, bytes, examples = []) {
   const size = bytes.byteLength;
   const manifest = await model.call('add', { file, bytes });
-  const known = offers.has(file);
   offers.set(file, { manifest, size, examples });
-  if (known) document.querySelector(`#choices input[value="${CSS.escape(file)}"]`).parentElement.remove();
-  offer(file, title(manifest, file), hint(manifest, size));
+  return manifest;
 }
 
-function offerNone() {
-  offer('', 'No prefix', 'the bare model');
+/** `file`, or `file (2)` and so on where the menu has one of that name: nothing of it is replaced. */
+function unused(file) {
+  const [, stem, ending] = file.match(/^(.*?)(\.safetensors)?$/s);
+  let name = file;
+  for (let copy = 2; offers.has(name); copy++) name = `${stem} (${copy})${ending ?? ''}`;
+  return name;
 }
 
 function offer(key, name, below) {
@@ -115,13 +124,17 @@ function tell(error) {
 
 async function take(files) {
   for (const file of files) {
+    let name;
     try {
-      await add(file.name, await file.arrayBuffer());
+      await ready;
+      name = unused(file.name);
+      const manifest = await add(name, await file.arrayBuffer());
+      offer(name, title(manifest, name), `${name}: ${hint(manifest, file.size)}`);
     } catch (error) {
       tell(new Error(`${file.name} was not taken: ${error.message}`));
       continue;
     }
-    await choose(file.name).catch(tell);
+    await choose(name).catch(tell);
   }
 }
 

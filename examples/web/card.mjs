@@ -6,8 +6,9 @@ const BARE =
 /** How the menu calls a prefix: the name of its task, else of its file. */
 export const title = ({ task }, file) => task?.name ?? file.replace(/\.safetensors$/, '');
 
-/** The small line below: how long it is, and how large. */
-export const hint = ({ injections }, size) => `${injections[0].length} slots, ${kilobytes(size)}`;
+/** The small line below: how long it is, how large, and whether it says what it was made for. */
+export const hint = ({ injections, backbone }, size) =>
+  `${injections[0].length} slots, ${kilobytes(size)}${backbone.weights_hash ? '' : ', weights unknown'}`;
 
 /** Fill the card's elements from a manifest; without one it describes the bare model. */
 export function card({ title: heading, says, rows }, manifest, size, file) {

@@ -124,6 +124,7 @@ def _changed_files(root: Path) -> dict[str, tuple[bytes, str]]:
         return _file({**header, "__metadata__": {"format": "pt", "prefixkit": changed}}, data)
 
     prompt = [{"kind": "embedding_prompt", "length": 3, "placement": "prepend"}]
+    made, backbone = (json.loads(manifest)[name] for name in ("provenance", "backbone"))
     slots = [{**json.loads(manifest)["injections"][0], "placement": "slots"}]
     return {
         "nothing": (b"", "a safetensors file of 8 bytes or more"),
@@ -141,6 +142,10 @@ def _changed_files(root: Path) -> dict[str, tuple[bytes, str]]:
         "slots of the text": (with_manifest(injections=slots), "found slots"),
         "a kind that is a list": (with_manifest(injections=[{"kind": [[1]], "toString": 1}]), "found a list"),
         "a name that is no text": (with_manifest(task={"name": {"toString": 1}}), "text as name; found object"),
+        "no provenance": (with_manifest(provenance=None), "a provenance with method; found nothing"),
+        "metrics that are a list": (with_manifest(provenance={**made, "metrics": [1]}), "metrics; found a list"),
+        "a hash that is a number": (with_manifest(backbone={**backbone, "weights_hash": 1}), "weights_hash; found 1"),
+        "a backbone without a name": (with_manifest(backbone={**backbone, "name": None}), "name; found nothing"),
         "an edited manifest": (with_manifest(provenance={"method": "x", "prefixkit": "0"}), "damaged or edited"),
     }
 

@@ -6,6 +6,7 @@ Selenium speaks WebDriver to Debian's chromedriver, which is built with the Chro
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,16 @@ class Page:
     def drop(self, name: str, data: bytes) -> list[str]:
         """Drop a file that is taken, and wait for its text."""
         return self.watch(_DROP, name, base64.b64encode(data).decode())
+
+    def drop_at_once(self, name: str, data: bytes, address: str) -> None:
+        """Open the page, drop a file when its code has run and nothing is loaded yet, and wait until it has written."""
+        drop = _DROP.replace("arguments[0]", json.dumps(name))
+        drop = drop.replace("arguments[1]", json.dumps(base64.b64encode(data).decode()))
+        source = f"document.addEventListener('DOMContentLoaded', () => {{ {drop} }});"
+        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        self.driver.get(address)
+        wait = WebDriverWait(self.driver, SECONDS)
+        wait.until(lambda _: self.text("says") == name or self.text("problem") != "")
 
     def drop_refused(self, name: str, data: bytes) -> str:
         """Drop a file that is refused; gives the sentence that says why."""

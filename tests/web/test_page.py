@@ -11,7 +11,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 import prefixkit
-from tests.web.browser import Page
+from tests.web.browser import Page, chromium, served
 
 UNSEEN = "name : Copper Kettle | Type : coffee shop | food : Japanese | price : high | area : riverside"
 """No line of the training data has this name."""
@@ -146,6 +146,52 @@ def test_damaged_and_other_files_are_refused(page: Page, site: Path) -> None:
         assert refusal.startswith(f"{name} was not taken: ")
         assert reason in refusal
     assert not any("cut" in choice for choice in _choices(page))
+
+
+def test_a_file_without_provenance_does_not_join(page: Page, site: Path) -> None:
+    before = _choices(page)
+    refusal = page.drop_refused("edited.safetensors", _with_manifest(site, provenance=None))
+    assert "expected a provenance with method; found nothing" in refusal
+    assert _choices(page) == before
+
+
+def test_a_prefix_for_unknown_weights_says_so(page: Page, site: Path, tmp_path: Path) -> None:
+    ours = prefixkit.load(site / "prefixes" / "verse.safetensors")
+    manifest = replace(ours.manifest, backbone=replace(ours.manifest.backbone, weights_hash=None), content=None)
+    prefixkit.save(replace(ours, manifest=manifest), tmp_path / "loose.safetensors")
+    assert page.drop("loose.safetensors", (tmp_path / "loose.safetensors").read_bytes())[-1]
+    assert any(one.startswith("loose.safetensors: ") and one.endswith(", weights unknown") for one in _choices(page))
+    assert "unknown" in page.text("card")
+
+
+def test_a_file_of_a_name_that_is_taken_gets_another(page: Page, site: Path, session: prefixkit.Session) -> None:
+    data = (site / "prefixes" / "questions.safetensors").read_bytes()
+    for name in ("verse (2).safetensors", "verse (3).safetensors"):
+        page.drop("verse.safetensors", data)
+        assert page.text("says") == name
+        assert any(one.startswith(f"{name}: ") for one in _choices(page))
+    page.choose("verse.safetensors")
+    assert page.write(UNSEEN)[-1] == _written(session, UNSEEN, "verse.safetensors")
+
+
+def test_a_file_that_is_dropped_before_the_model_is_there_waits_for_it(site: Path) -> None:
+    data = (site / "prefixes" / "questions.safetensors").read_bytes()
+    with served(site) as (address, asked), chromium() as driver:
+        early = Page(driver, asked)
+        early.drop_at_once("early.safetensors", data, address)
+        assert early.text("problem") == ""
+        assert any(one.startswith("early.safetensors: ") for one in _choices(early))
+
+
+def _with_manifest(site: Path, **changes: Any) -> bytes:
+    """A prefix of the page with another manifest."""
+    data = (site / "prefixes" / "verse.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    manifest = {**json.loads(header["__metadata__"]["prefixkit"]), **changes}
+    header["__metadata__"]["prefixkit"] = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def test_stop_ends_a_text(page: Page) -> None:
