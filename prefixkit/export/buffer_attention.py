@@ -7,6 +7,8 @@ stand in one batch without padding between. What lies behind a row's newest toke
   window or a soft cap are given a mask.
 - `grouped`: onnxruntime's GroupQueryAttention, which writes and attends in one, to the used slots alone; for one new
   token a row, or any number in a single row.
+- `shared`: TensorScatter, and attention in pieces to the buffers and to a prefix beside them that rows share; see
+  `prefixkit.export.shared_attention`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-Form = Literal["scattered", "grouped"]
+from prefixkit.export.shared_attention import TRANSLATIONS as SHARED
+from prefixkit.export.shared_attention import attend_shared, visible_behind
+
+Form = Literal["scattered", "grouped", "shared"]
 OPSET = 24
 _NAME = "prefixkit_buffers"
 _OP = Opset("", OPSET)
@@ -37,12 +42,16 @@ class Writing:
         form: the operators to use.
         index: [batch], the slot of each row's first new token.
         buffers: keys and values of each layer, [batch, kv_heads, capacity, head_dim].
+        shared: those of a prefix that rows share, [1, kv_heads, prefix, head_dim]; for the form `shared`.
+        seen: [batch], how many of its slots each row sees.
         written: by layer, the same with what is new; filled by the pass.
     """
 
     form: Form
     index: Tensor
     buffers: Sequence[tuple[Tensor, Tensor]]
+    shared: Sequence[tuple[Tensor, Tensor]] = ()
+    seen: Tensor | None = None
     written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -118,6 +127,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.prefixkit.tensor_scatter.default: _scatter_node,
     torch.ops.prefixkit.attend_valid.default: _valid_node,
     torch.ops.prefixkit.attend_masked.default: _masked_node,
+    **SHARED,
 }
 
 
@@ -140,7 +150,11 @@ def _attention(
         tensor_scatter(buffer, new, where.index) for buffer, new in zip(where.buffers[layer], (key, value), strict=True)
     )
     where.written[layer] = (keys, values)
-    if sliding_window is None and not softcap:
+    if where.seen is not None:
+        given, sizes = where.shared[layer], (query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1])
+        mask = visible_behind(where.seen, given[0].shape[2], where.index, sizes, sliding_window)
+        found = attend_shared(query, *given, keys, values, mask, scale, softcap or 0.0)
+    elif sliding_window is None and not softcap:
         found = attend_valid(query, keys, values, where.index + query.shape[2], scale)
     else:
         mask = visible(where.index, query.shape[2], keys.shape[2], sliding_window)

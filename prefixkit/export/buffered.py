@@ -13,7 +13,7 @@ from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.positions import has_alibi
 from prefixkit.errors import ConfigError, FormatError
-from prefixkit.export.buffered_report import DECODE, PLACE, buffered_parts
+from prefixkit.export.buffered_report import DECODE, PLACE, SHARED, buffered_parts
 from prefixkit.export.buffered_tracing import trace_buffered, trace_place
 from prefixkit.export.buffered_verify import verify_buffered
 from prefixkit.export.decoder import DecoderExport
@@ -31,7 +31,7 @@ _HEAD = 8
 
 
 class BufferedExport(DecoderExport):
-    """A decoder in three graphs over the same buffers, its prefix beside them."""
+    """A decoder in four graphs over the same buffers, its prefix beside them."""
 
     def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool, quantize: str | None = None) -> None:
         super().__init__(prefix, dtype=dtype, baked=baked)
@@ -60,12 +60,13 @@ class BufferedExport(DecoderExport):
             self.rounded = round_linear(model, self.quantize)
 
     def graphs(self) -> Mapping[str, ir.Model]:
-        """One for any number of tokens, one for one token a row, one for prefixes."""
+        """One for any number of tokens, one for one token a row, one for rows that share a prefix, one for prefixes."""
         model, geometry = self.decoder.release(), self.decoder.geometry
         with traceable(model), emitted(model):
             graphs = {
                 GRAPH: trace_buffered(model, geometry, "scattered"),
                 DECODE: trace_buffered(model, geometry, "grouped"),
+                SHARED: trace_buffered(model, geometry, "shared"),
                 PLACE: trace_place(model, geometry),
             }
         for graph in graphs.values():

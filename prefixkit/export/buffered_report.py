@@ -10,7 +10,7 @@ from prefixkit.export.decoder_report import decoder_parts
 from prefixkit.export.report import GRAPH
 from prefixkit.serving.buffer_names import INPUTS, OUTPUTS
 
-DECODE, PLACE = "onnx/decode.onnx", "onnx/place.onnx"
+DECODE, PLACE, SHARED = "onnx/decode.onnx", "onnx/place.onnx", "onnx/shared.onnx"
 
 
 def buffered_parts(decoder: Decoder) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def buffered_parts(decoder: Decoder) -> dict[str, Any]:
     return {
         "target": "cuda",
         "graph": {"file": GRAPH, "inputs": inputs, "outputs": dict(OUTPUTS), "opset": OPSET},
-        "buffered": {"decode": DECODE, "place": PLACE},
+        "buffered": {"decode": DECODE, "place": PLACE, "shared": SHARED},
         "model": parts["model"],
         "contract": {
             "buffers": "past and present are the same memory, [rows, kv_heads, capacity, head_dim]",
@@ -29,5 +29,8 @@ def buffered_parts(decoder: Decoder) -> dict[str, Any]:
             "positions": "position_ids count a row's real tokens from 0; behind a prefix, from its text_start",
             "prefix": "place.onnx writes [kv_heads, length, head_dim] a layer to slots 0, 1, …; write_index goes on",
             "decode": "decode.onnx takes one token a row, or any number of a single row",
+            "shared": "shared.onnx takes any number of tokens, and beside the buffers one prefix for several rows, "
+            "[1, kv_heads, length, head_dim] a layer; shared_length: how many of its slots stand before a row's own, 0 "
+            "or all that are real; write_index does not count them",
         },
     }

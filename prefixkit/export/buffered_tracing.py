@@ -15,7 +15,15 @@ from prefixkit.export.buffered_wrapper import BufferedDecoder
 from prefixkit.export.emitted import TRANSLATIONS as WHOLE
 from prefixkit.export.tracing import graph_of
 from prefixkit.format.manifest import LayerGeometry
-from prefixkit.serving.buffer_names import GIVEN_PREFIX, INPUTS, OUTPUTS, prefix_names
+from prefixkit.serving.buffer_names import (
+    GIVEN_PREFIX,
+    INPUTS,
+    OUTPUTS,
+    SHARED_LENGTH,
+    SHARED_PREFIX,
+    prefix_names,
+    shared_names,
+)
 from prefixkit.serving.graph import per_layer
 
 _ROWS, _SEQ, _CAPACITY, _PREFIX = "rows", "sequence_length", "capacity", "prefix_length"
@@ -23,11 +31,13 @@ _SIZES = {_ROWS: 2, _SEQ: 3, _CAPACITY: 16, _PREFIX: 5}
 """Sizes in the example: all different, and none of them 0 or 1, which are taken for constants."""
 _DIMS = {size: torch.export.Dim(size) for size in _SIZES}
 _BUFFERS = (_ROWS, None, _CAPACITY, None)
+_OTHERS = {GIVEN_PREFIX: (_ROWS, None, _PREFIX, None), SHARED_PREFIX: (None, None, _PREFIX, None)}
 _DIMENSIONS: Mapping[str, tuple[str | None, ...]] = {
     INPUTS["input_ids"]: (_ROWS, _SEQ),
     INPUTS["position_ids"]: (_ROWS, _SEQ),
     INPUTS["write_index"]: (_ROWS,),
     INPUTS["last"]: (_ROWS,),
+    SHARED_LENGTH: (_ROWS,),
     OUTPUTS["logits"]: (_ROWS, None),
     OUTPUTS["token"]: (_ROWS,),
 }
@@ -37,17 +47,24 @@ def trace_buffered(model: PreTrainedModel, geometry: Sequence[LayerGeometry], fo
     """The graph of a decoder that writes into buffers; see `prefixkit.export.buffered_wrapper`.
 
     Args:
-        form: `scattered` takes any number of tokens a row, `grouped` takes one, or any number in a single row.
+        form: `scattered` takes any number of tokens a row, `grouped` takes one, or any number in a single row;
+            `shared` takes any number, and a prefix for all rows that are to see it.
     """
     layers = len(geometry)
     names = [name for name in INPUTS.values() if "%d" not in name]
     past, present = (list(per_layer(each, which, layers)) for each, which in ((INPUTS, "past"), (OUTPUTS, "present")))
-    example = (*(_numbers(name, model) for name in names), _buffers(geometry, model, _CAPACITY))
+    example: list[Any] = [*(_numbers(name, model) for name in names), _buffers(geometry, model, _CAPACITY)]
+    dynamic: list[Any] = [*(_dynamic(name) for name in names), [_dynamic("")] * len(past)]
+    inputs = [*names, *past]
+    if form == "shared":
+        example += [_numbers(SHARED_LENGTH, model), [one[:1] for one in _buffers(geometry, model, _PREFIX)]]
+        dynamic += [_dynamic(SHARED_LENGTH), [_dynamic(SHARED_PREFIX)] * len(past)]
+        inputs += [SHARED_LENGTH, *shared_names(layers)]
     graph = graph_of(
         BufferedDecoder(model, form),
-        example,
-        (*(_dynamic(name) for name in names), [_dynamic("")] * len(past)),
-        inputs=[*names, *past],
+        tuple(example),
+        tuple(dynamic),
+        inputs=inputs,
         outputs=[OUTPUTS["logits"], OUTPUTS["token"], *present],
         shape=_shape,
         opset=OPSET,
@@ -112,7 +129,8 @@ def _buffers(geometry: Sequence[LayerGeometry], model: PreTrainedModel, length: 
 
 def _named(name: str) -> tuple[str | None, ...]:
     """What the dimensions of an input or output are called; None for those that are fixed."""
-    return (_ROWS, None, _PREFIX, None) if name.startswith(GIVEN_PREFIX) else _DIMENSIONS.get(name, _BUFFERS)
+    other = next((sizes for start, sizes in _OTHERS.items() if name.startswith(start)), _BUFFERS)
+    return _DIMENSIONS.get(name, other)
 
 
 def _dynamic(name: str) -> dict[int, Any]:

@@ -26,16 +26,27 @@ def verify_buffered(folder: Path, decoder: Decoder, injection: KeyValuePrefix | 
     cases = free_cases(own_pair(report, injection, runtime.dtype), probe(decoder, runtime.dtype))
     room = room_of(decoder, cases)
     models = models_of(decoder, None)
-    return tuple(_compare(name, runtime, models, pairs, room) for name, pairs in cases.items())
+    results = [_compare(name, runtime, models, pairs, room) for name, pairs in cases.items()]
+    # A runtime of its own: the weights of the graphs before are not needed beside it.
+    runtime = BufferedRuntime(report, device="auto" if report.dtype == "bfloat16" else "cpu")
+    shared = cases["random prefix"][0]
+    return (*results, _compare("shared prefix", runtime, models, [*cases["mixed"], shared], room, shared))
 
 
-def _compare(name: str, runtime: BufferedRuntime, models: Models, pairs: Sequence[Pair], room: int) -> CaseResult:
+def _compare(
+    name: str,
+    runtime: BufferedRuntime,
+    models: Models,
+    pairs: Sequence[Pair],
+    room: int,
+    shared: Pair | None = None,
+) -> CaseResult:
     steps = min(STEPS, room - 1)
     rows = texts(len(pairs), room - steps, steps, models.exact.config.vocab_size)
     longest = max(pair.served.length if pair.served else 0 for pair in pairs)
-    made = runtime.rows(len(pairs), longest + max(map(len, rows)))
+    made = runtime.rows(len(pairs), longest + max(map(len, rows)), sharing=shared is not None)
     for row, pair in enumerate(pairs):
-        made.begin(row, pair.served)
+        made.begin(row, pair.served, shared=pair is shared)
     return compared(name, str(runtime.dtype), models, pairs, rows, _fed(made, rows, steps), last=steps + 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ class BufferedDecoder(nn.Module):
 
     Of each row, `write_index` [batch] is the slot of the first of `input_ids` [batch, seq], and `last` [batch] the
     place of its last real one: shorter rows are padded on the right, and the next pass writes over their padding.
+    In the form `shared` there are two more arguments: the keys and values of a prefix [1, kv_heads, prefix, head_dim],
+    and of each row how many of its slots it sees, all of them or none.
     `logits` [batch, vocab] are float32, of what follows that token; `token` [batch] is the likeliest.
     """
 
@@ -28,11 +30,18 @@ class BufferedDecoder(nn.Module):
         self.positions = takes_positions(model)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_index: Tensor, last: Tensor, buffers: list[Tensor]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        last: Tensor,
+        buffers: list[Tensor],
+        shared_length: Tensor | None = None,
+        shared: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """Run the model; see the class."""
-        pairs = list(zip(buffers[::2], buffers[1::2], strict=True))
-        where, cache = Writing(self.form, write_index, pairs), DynamicCache()
+        pairs, given = (list(zip(each[::2], each[1::2], strict=True)) for each in (buffers, shared))
+        where, cache = Writing(self.form, write_index, pairs, given, shared_length), DynamicCache()
         cache.layers = [_Fresh() for _ in pairs]
         keywords = {"position_ids": position_ids} if self.positions else {}
         with writing(self.model, where), _logits_at(self.model, last):

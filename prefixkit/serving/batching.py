@@ -2,6 +2,7 @@
 
 (Yu et al. 2022, Orca, OSDI.) A text is admitted to a free row, its prefix is copied there, its prompt is read in one
 pass with those admitted beside it, and from then on it takes part in every pass, one token at a time, until it is done.
+A prefix that several rows share is not copied: they read it in one place, which holds one such prefix at a time.
 """
 
 from __future__ import annotations
@@ -59,13 +60,26 @@ class Batching:
 
     def _admit(self) -> list[int]:
         """Give rows to those who wait; gives the rows."""
-        free = [row for row, one in enumerate(self._writing) if one is None][: len(self.waiting)]
         # Prompts of like length beside each other: they are read together.
-        admitted = sorted((self.waiting.popleft() for _ in free), key=lambda one: len(one.prompt.ids))
+        admitted = sorted(self._next(), key=lambda one: len(one.prompt.ids))
+        free = [row for row, one in enumerate(self._writing) if one is None][: len(admitted)]
         for row, one in zip(free, admitted, strict=True):
             self._writing[row] = one
-            self._rows.begin(row, one.prompt.before)
+            self._rows.begin(row, one.prompt.before, shared=one.prompt.shared)
         return free
+
+    def _next(self) -> list[WritingRow]:
+        """Those whose turn it is. One that wants another shared prefix than is being read holds the others up, so that
+        its turn comes."""
+        taken: list[WritingRow] = []
+        read = {one.prompt.before for one in self._writing if one is not None and one.prompt.shared}
+        while self.waiting and len(taken) < self.free:
+            prompt = self.waiting[0].prompt
+            if prompt.shared and read - {prompt.before}:
+                break
+            read |= {prompt.before} if prompt.shared else set()
+            taken.append(self.waiting.popleft())
+        return taken
 
     def _passes(self, began: list[int]) -> Iterator[tuple[int, int]]:
         """Ranges of neighbours among the rows that `began`, whose prompts are read together."""

@@ -1,6 +1,7 @@
 """An exported decoder that writes into buffers: prefixes are placed, prompts read and tokens written row by row.
 
-Rows are independent: each has a prefix of its own, or none, and stands at a place of its own.
+Rows are independent: each has a prefix of its own, or none, and stands at a place of its own. Some may also share one,
+which they read where it is, and which takes none of their slots.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from prefixkit.errors import ConfigError
-from prefixkit.serving.buffer_names import INPUTS, OUTPUTS
+from prefixkit.serving.buffer_names import INPUTS, OUTPUTS, SHARED_LENGTH, shared_names
 from prefixkit.serving.buffers import Buffers
 from prefixkit.serving.graph import Device, Graph, cache_shapes, padded
 from prefixkit.serving.graph_files import check_files
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 from prefixkit.serving.report import ExportedFolder
+from prefixkit.serving.shared_prefix import SharedPrefix
 
 
 class BufferedRuntime:
-    """The graphs of an exported folder, loaded once; `rows` gives places to write in.
+    """The graphs of an exported folder, each loaded once, when it is needed; `rows` gives places to write in.
 
     Attributes:
         device: `cuda` or `cpu`, as onnxruntime chose after it tried.
@@ -30,45 +32,78 @@ class BufferedRuntime:
 
     def __init__(self, folder: ExportedFolder, *, device: Device = "auto", threads: int | None = None) -> None:
         assert folder.buffered is not None
+        self._folder, self._files, self._threads = folder, folder.buffered, threads
         self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
         check_files(folder.folder, folder.files)
-        self.places = Graph(folder.folder / folder.buffered.place, device, threads)
+        self._asked = device
+        self.places = self._graph(self._files.place)
         self.device = self.places.device
         if folder.dtype == "bfloat16" and self.device == "cpu":
             step = "export with --dtype float32, or float16"
             raise ConfigError(str(folder.folder), expected="a GPU for bfloat16", found="none", next_step=step)
-        # One copy of the weights is enough on a CPU: that of the graph which runs most.
-        self.prompts = Graph(folder.folder / folder.graph, device, threads, mapped=True)
-        self._tokens = partial(Graph, folder.folder / folder.buffered.decode, device, threads)
-        self._check(self.prompts)
 
-    def rows(self, count: int, capacity: int, *, whole: bool = False) -> Rows:
+    def rows(self, count: int, capacity: int, *, whole: bool = False, sharing: bool = False) -> Rows:
         """Places for `count` texts of at most `capacity` slots each, prefixes included.
 
         Args:
             whole: they stay for long. On a GPU each pass of tokens is then over all of them, and recorded.
+            sharing: some of them may share a prefix, which is not in their slots.
 
         Raises:
-            ConfigError: more than there is memory for.
+            ConfigError: more than there is memory for, or a folder without a graph for sharing.
         """
-        whole = whole and self.device == "cuda"
-        buffers = Buffers(self.layers, count, capacity, str(self.dtype), self.device)
-        return Rows(self, buffers, self.recorded(count, capacity) if whole else self.tokens, whole=whole)
+        whole, graph = whole and self.device == "cuda", self.sharing if sharing else self.prompts
+        buffers = self._buffers(count, capacity)
+        kept = SharedPrefix(self.places, partial(self._buffers, 1)) if sharing else None
+        tokens = graph if sharing else self.recorded(count, capacity) if whole else self.tokens
+        return Rows(self, buffers, tokens, whole=whole, shared=kept)
 
-    def recorded(self, rows: int, capacity: int) -> Graph:
-        """The graph of tokens for passes of one size."""
-        return self._tokens(fixed={"rows": rows, "capacity": capacity, "sequence_length": 1})
+    def recorded(self, rows: int, capacity: int, shared: int | None = None) -> Graph:
+        """The graph of tokens for passes of one size, also of the prefix that is `shared`."""
+        fixed = {"rows": rows, "capacity": capacity, "sequence_length": 1}
+        if shared is None:
+            return self._graph(self._files.decode, fixed=fixed)
+        return self._graph(self._file_of_sharing, fixed={**fixed, "prefix_length": shared})
+
+    @cached_property
+    def prompts(self) -> Graph:
+        """The graph that takes any number of tokens a row."""
+        # One copy of the weights is enough on a CPU: that of the graph which runs most.
+        return self._checked(self._graph(self._folder.graph, mapped=True))
 
     @cached_property
     def tokens(self) -> Graph:
         """The graph that takes one token a row, or any number of tokens of a single row."""
-        graph = self._tokens()
-        self._check(graph)
+        return self._checked(self._graph(self._files.decode))
+
+    @cached_property
+    def sharing(self) -> Graph:
+        """The graph that takes any number of tokens a row, and a prefix beside their buffers.
+
+        Raises:
+            ConfigError: a folder of before there was one.
+        """
+        graph, caches = self._graph(self._file_of_sharing), cache_shapes(INPUTS, "past", self.layers)
+        names = shared_names(len(self.layers))
+        return self._checked(graph, dict(zip(names, caches.values(), strict=True)))
+
+    @property
+    def _file_of_sharing(self) -> str:
+        if self._files.shared is None:
+            expected, found = "a graph whose rows can share a prefix", "an export without one"
+            raise ConfigError(str(self._folder.folder), expected=expected, found=found, next_step="export again")
+        return self._files.shared
+
+    def _graph(self, file: str, **options: Any) -> Graph:
+        return Graph(self._folder.folder / file, self._asked, self._threads, **options)
+
+    def _checked(self, graph: Graph, others: Mapping[str, tuple[int, int]] | None = None) -> Graph:
+        plain = [*(name for name in INPUTS.values() if "%d" not in name), SHARED_LENGTH]
+        graph.check({**cache_shapes(INPUTS, "past", self.layers), **(others or {})}, plain, str(self.dtype))
         return graph
 
-    def _check(self, graph: Graph) -> None:
-        plain = [name for name in INPUTS.values() if "%d" not in name]
-        graph.check(cache_shapes(INPUTS, "past", self.layers), plain, str(self.dtype))
+    def _buffers(self, rows: int, capacity: int) -> Buffers:
+        return Buffers(self.layers, rows, capacity, str(self.dtype), self.device)
 
 
 class Next:
@@ -97,20 +132,38 @@ class Rows:
         whole: whether a pass of one token is over all of them.
         write_index: [rows], the slot of each row's next token.
         positions: [rows], its position id.
+        seen: [rows], how many slots of the shared prefix stand before its own.
     """
 
-    def __init__(self, runtime: BufferedRuntime, buffers: Buffers, tokens: Graph, *, whole: bool) -> None:
-        self.runtime, self.buffers, self.whole = runtime, buffers, whole
+    def __init__(
+        self,
+        runtime: BufferedRuntime,
+        buffers: Buffers,
+        tokens: Graph,
+        *,
+        whole: bool,
+        shared: SharedPrefix | None = None,
+    ) -> None:
+        self.runtime, self.buffers, self.whole, self.shared = runtime, buffers, whole, shared
         self.count, self.capacity = buffers.rows, buffers.capacity
         self.write_index, self.positions = np.zeros(buffers.rows, np.int64), np.zeros(buffers.rows, np.int64)
+        self.seen = np.zeros(buffers.rows, np.int64)
         self._ready: WeakKeyDictionary[ServedPrefix, list[Any]] = WeakKeyDictionary()
         self._tokens = tokens
         self._passes: dict[tuple[int, int], Pass] = {}
 
-    def begin(self, row: int, prefix: ServedPrefix | None) -> None:
-        """Give `row` a new text behind `prefix`; what was there is forgotten."""
+    def begin(self, row: int, prefix: ServedPrefix | None, *, shared: bool = False) -> None:
+        """Give `row` a new text behind `prefix`; what was there is forgotten.
+
+        Args:
+            shared: read the prefix where it is kept for all rows, none of which may be reading another there.
+        """
         self.write_index[row], self.positions[row] = (prefix.length, prefix.text_start) if prefix else (0, 0)
-        if prefix is not None and prefix.length:
+        self.seen[row] = 0
+        if prefix is not None and shared:
+            self.write_index[row], self.seen[row] = 0, prefix.length
+            self._keep(prefix)
+        elif prefix is not None and prefix.length:
             if prefix not in self._ready:
                 self._ready[prefix] = self.buffers.on_device(prefix)
             self.buffers.place(self.runtime.places, row, self._ready[prefix])
@@ -132,12 +185,25 @@ class Rows:
             raise ConfigError("capacity", expected=expected, found=f"{int(index.max()) + longest}")
         last = np.maximum(counts - 1, 0)
         positions = self.positions[rows, None] + np.minimum(np.arange(longest), last[:, None])
-        found = self._pass(rows, longest).run(
-            {"input_ids": ids, "position_ids": positions, "write_index": index, "last": last}
-        )
+        given = {
+            INPUTS["input_ids"]: ids,
+            INPUTS["position_ids"]: positions,
+            INPUTS["write_index"]: index,
+            INPUTS["last"]: last,
+            SHARED_LENGTH: self.seen[rows],
+        }
+        found = self._pass(rows, longest).run(given)
         self.write_index[rows] += counts
         self.positions[rows] += counts
         return found
+
+    def _keep(self, prefix: ServedPrefix) -> None:
+        assert self.shared is not None
+        if self.shared.keep(prefix):
+            # What was bound, or recorded, reads where it was before.
+            self._passes.clear()
+            if self.whole:
+                self._tokens = self.runtime.recorded(self.count, self.capacity, self.shared.buffers.capacity)
 
     def _pass(self, rows: slice, longest: int) -> Pass:
         """The work on so many tokens of `rows`, which for single tokens is kept."""
@@ -145,26 +211,30 @@ class Rows:
         if longest > 1 or (self.whole and key != (0, self.count)):
             # The graph of tokens looks at the used slots alone, but reads one prompt at a time.
             alone = end - begin == 1 and not self.whole
-            return Pass(self._tokens if alone else self.runtime.prompts, self.buffers, rows, longest)
+            prompts = self.runtime.prompts if self.shared is None else self.runtime.sharing
+            return Pass(self._tokens if alone else prompts, self.buffers, rows, longest, self.shared)
         if key not in self._passes:
-            self._passes[key] = Pass(self._tokens, self.buffers, rows, longest)
+            self._passes[key] = Pass(self._tokens, self.buffers, rows, longest, self.shared)
         return self._passes[key]
 
 
 class Pass:
     """A pass over a range of rows, with everything at fixed addresses, to be run again and again."""
 
-    def __init__(self, graph: Graph, buffers: Buffers, rows: slice, seq: int) -> None:
+    def __init__(
+        self, graph: Graph, buffers: Buffers, rows: slice, seq: int, shared: SharedPrefix | None = None
+    ) -> None:
         self.graph, count = graph, rows.stop - rows.start
-        shapes = {"input_ids": (count, seq), "position_ids": (count, seq), "write_index": (count,), "last": (count,)}
+        texts = dict.fromkeys((INPUTS["input_ids"], INPUTS["position_ids"]), (count, seq))
+        shapes = {**texts, **dict.fromkeys((INPUTS["write_index"], INPUTS["last"], SHARED_LENGTH), (count,))}
         self._binding = graph.session.io_binding()
         self._given = {
-            name: graph.on_device(np.zeros(shape, np.int64))
-            for name, shape in shapes.items()
-            if INPUTS[name] in graph.inputs
+            name: graph.on_device(np.zeros(shape, np.int64)) for name, shape in shapes.items() if name in graph.inputs
         }
         for name, value in self._given.items():
-            self._binding.bind_ortvalue_input(INPUTS[name], value)
+            self._binding.bind_ortvalue_input(name, value)
+        if shared is not None:
+            shared.bind(self._binding)
         vocabulary = next(one.shape[1] for one in graph.session.get_outputs() if one.name == OUTPUTS["logits"])
         self._logits = graph.on_device(np.zeros((count, vocabulary), np.float32))
         self._tokens = graph.on_device(np.zeros(count, np.int64))
@@ -173,7 +243,7 @@ class Pass:
         buffers.bind(self._binding, rows.start, rows.stop)
 
     def run(self, given: Mapping[str, Array]) -> Next:
-        """Run on inputs `given` by the names of `INPUTS`."""
+        """Run on inputs `given` by name."""
         for name, value in self._given.items():
             value.update_inplace(np.ascontiguousarray(given[name]))
         self.graph.run_bound(self._binding)

@@ -25,11 +25,13 @@ class Buffers:
     """Buffers for `rows` texts of up to `capacity` slots each, on the device of the graphs that use them.
 
     Attributes:
+        layers: how many have keys and values.
         bytes: of all of them.
     """
 
     def __init__(self, layers: Sequence[LayerGeometry], rows: int, capacity: int, dtype: str, device: str) -> None:
         self.rows, self.capacity, self.device, self.dtype = rows, capacity, device, np.dtype(dtype)
+        self.layers = len(layers)
         self._shapes = [(layer.kv_heads, capacity, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
         try:
             self._values = [self._value((rows, *shape)) for shape in self._shapes]
@@ -54,6 +56,11 @@ class Buffers:
             place = (self.device, 0, self._element, (end - first, *shape), at)
             binding.bind_input(past, *place)
             binding.bind_output(present, *place)
+
+    def lend(self, binding: Any, names: Sequence[str]) -> None:
+        """Let a graph read all of them, as inputs of those `names`."""
+        for name, value, shape in zip(names, self._values, self._shapes, strict=True):
+            binding.bind_input(name, self.device, 0, self._element, (self.rows, *shape), value.data_ptr())
 
     def place(self, graph: Graph, row: int, prefix: Sequence[Any]) -> None:
         """Copy the tensors of a prefix, which are on the device, to the beginning of `row`: no model is run."""

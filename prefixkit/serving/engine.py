@@ -23,16 +23,28 @@ class Engine:
 
     Attributes:
         session: the model and its prefixes, which may be added, replaced and dropped at any time.
+        shared: the name of the one that is kept once for all rows.
     """
 
-    def __init__(self, session: Session, *, rows: int = 8, capacity: int | None = None, waiting: int = 64) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        waiting: int = 64,
+        shared: str | None = None,
+    ) -> None:
         """Make room for `rows` texts at once, of at most `capacity` slots each, prefixes included.
 
         Args:
             waiting: how many requests may wait while no row is free.
+            shared: the name of a long prefix that many requests have. It is kept once, and takes no slots of their
+                rows; the others are copied into theirs. While it is replaced, requests behind the new one wait for
+                those behind the old.
 
         Raises:
-            InputError: a folder whose graph has no buffers, or numbers below 1.
+            InputError: a folder whose graph has no buffers, or none for sharing; numbers below 1.
         """
         if not isinstance(session.runtime, BufferedRuntime):
             step = "export again with --target cuda, which runs on a CPU as well"
@@ -41,9 +53,9 @@ class Engine:
         for name, number in (("rows", rows), ("capacity", capacity), ("waiting", waiting)):
             if number is not None and number < 1:
                 raise ConfigError(name, expected="1 or more", found=str(number))
-        self.session, self.most_waiting = session, waiting
+        self.session, self.most_waiting, self.shared = session, waiting, shared
         self.capacity = capacity or min(session.report.backbone.context_length or CAPACITY, CAPACITY)
-        self._batching = Batching(session.runtime.rows(rows, self.capacity, whole=True))
+        self._batching = Batching(session.runtime.rows(rows, self.capacity, whole=True, sharing=shared is not None))
         self._numbers = count()
 
     @property
@@ -88,6 +100,8 @@ class Engine:
 
     def _prompt(self, request: Request) -> Prompt:
         prompt = self.session.prompt(request.prompt, request.prefix, "prompt", request.max_new_tokens)
+        if prompt.before is not None and prompt.before.length and request.prefix == self.shared:
+            prompt = replace(prompt, shared=True)
         # The last token is written and never read.
         room, least = self.capacity - prompt.slots + 1, request.max_new_tokens or LEAST_NEW_TOKENS
         if room < least:

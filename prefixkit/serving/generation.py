@@ -25,6 +25,8 @@ class Prompt:
     max_new_tokens: int
     silent: Set[int] = frozenset()
     """Tokens that are written but belong to no text, such as the BOS that BART begins with."""
+    shared: bool = False
+    """Whether a decoder's prefix is read where it is kept for several rows."""
 
     @property
     def before(self) -> ServedPrefix | None:
@@ -34,8 +36,8 @@ class Prompt:
 
     @property
     def slots(self) -> int:
-        """What prefix and ids of a decoder take of a cache."""
-        return len(self.ids) + (self.before.length if self.before is not None else 0)
+        """What prefix and ids of a decoder take of a cache of their own."""
+        return len(self.ids) + (self.before.length if self.before is not None and not self.shared else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

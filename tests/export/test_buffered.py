@@ -40,10 +40,11 @@ HEADER = """# Graphs that write into buffers against PyTorch, every architecture
 
 Written by `pytest -m matrix tests/export/test_buffered.py`: tiny random models (2 layers, weights times 3), float32, on
 a CPU. Seven texts in three rows of buffers, behind prefixes of 0 to 40 slots (less where a window is narrower), prompts
-of 1 to 30 tokens and 32 tokens behind each; a text that is done makes room for the next while the others go on. Each
-text against itself alone, without buffers or padding, in the unmodified model. Effect: the least of a prefix.
+of 1 to 30 tokens and 32 tokens behind each; a text that is done makes room for the next while the others go on. Then
+again with three of them behind one prefix that is kept once. Each text against itself alone, without buffers or padding,
+in the unmodified model. Effect: the least of a prefix.
 
-| architecture | max abs d of logits | greedy tokens | effect of the prefix | nodes: prompts, tokens | export, seconds |
+| architecture | max abs d of logits | greedy tokens | effect of the prefix | nodes: prompts, tokens, sharing | export, seconds |
 |---|---|---|---|---|---|
 """
 
@@ -54,6 +55,7 @@ class Text:
 
     prompt: list[int]
     prefix: Prefix | None
+    shared: bool = False
     written: list[int] = field(default_factory=list)
     logits: list[Array] = field(default_factory=list)
 
@@ -62,28 +64,31 @@ class Text:
         self.written.append(int(logits.argmax()))
 
 
-def texts(identity: BackboneIdentity) -> list[Text]:
+def texts(identity: BackboneIdentity, *, sharing: bool = False) -> list[Text]:
+    """Behind a prefix each; with `sharing` every other one is behind the longest, without a copy of it."""
     narrow = min(layer.window or 1000 for layer in identity.stacks["decoder"])
     random, made = np.random.default_rng(0), []
     for seed, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
         length = min(length, narrow - 1)
         prefix = random_prefix(identity, seed=seed, length=length, task=None) if length else None
         made.append(Text(random.integers(5, identity.vocab_size, prompt).tolist(), prefix))
+    for text in made[1::2] if sharing else ():
+        text.prefix, text.shared = made[1].prefix, True
     return made
 
 
 def write(runtime: BufferedRuntime, asked: list[Text], capacity: int) -> None:
     """Write every text, `ROWS` at a time: new ones are read one by one, the others go on together."""
-    rows, places, waiting = runtime.rows(ROWS, capacity), [None] * ROWS, list(asked)
-    at: list[Text | None] = list(places)
-    table: dict[int, ServedPrefix] = {}
+    rows = runtime.rows(ROWS, capacity, sharing=any(text.shared for text in asked))
+    at: list[Text | None] = [None] * ROWS
+    waiting, table = list(asked), dict[int, ServedPrefix]()
     while waiting or any(at):
         for row, one in enumerate(at):
             if one is None and waiting:
                 at[row] = new = waiting.pop(0)
-                if new.prefix is not None:
-                    table[id(new)] = served(new.prefix, runtime.dtype)
-                rows.begin(row, table.get(id(new)))
+                if new.prefix is not None and id(new.prefix) not in table:
+                    table[id(new.prefix)] = served(new.prefix, runtime.dtype)
+                rows.begin(row, table.get(id(new.prefix)), shared=new.shared)
                 new.hear(rows.read(row, [new.prompt]).logits[0])
         found = rows.read(0, [[] if one is None else one.written[-1:] for one in at]).logits
         for row, one in enumerate(at):
@@ -105,12 +110,14 @@ def alone(folder: Path, text: Text, prefix: Prefix | None) -> Array:
     return found
 
 
-def measured(family: str) -> tuple[float, float]:
+def measured(family: str, *, sharing: bool = False) -> tuple[float, float]:
     """The largest difference, and the least effect of a prefix; greedy tokens are equal."""
     folder, done = backbone(family), exported(family, target="cuda")
     runtime = BufferedRuntime(read_report(done.folder), device="cpu", threads=1)
-    asked = texts(load_backbone(folder).identity)
-    write(runtime, asked, 128)
+    asked = texts(load_backbone(folder).identity, sharing=sharing)
+    # What is shared takes no slots, but the others' prefixes do.
+    capacity = max(LENGTHS[::2]) + max(PROMPTS) + STEPS if sharing else 128
+    write(runtime, asked, capacity)
     differences, effects = [], []
     for text in asked:
         expected = alone(folder, text, text.prefix)
@@ -131,13 +138,14 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def nodes(done: Exported) -> str:
-    files = [done.folder / "onnx" / name for name in ("model.onnx", "decode.onnx")]
+    files = [done.folder / "onnx" / name for name in ("model.onnx", "decode.onnx", "shared.onnx")]
     return ", ".join(str(len(onnx.load(file, load_external_data=False).graph.node)) for file in files)
 
 
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "mistral_window"])
-def test_texts_come_and_go(family: str) -> None:
-    difference, effect = measured(family)
+def test_texts_come_and_go(family: str, sharing: bool) -> None:
+    difference, effect = measured(family, sharing=sharing)
     assert difference <= TOLERANCE
     assert effect > EFFECT
 
@@ -145,7 +153,8 @@ def test_texts_come_and_go(family: str) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family not in WITHOUT])
 def test_every_architecture(family: str, rows: dict[str, str]) -> None:
-    difference, effect = measured(family)
+    found = [measured(family, sharing=sharing) for sharing in (False, True)]
+    difference, effect = max(each[0] for each in found), min(each[1] for each in found)
     assert difference <= TOLERANCE
     assert effect > EFFECT
     done = exported(family, target="cuda")
@@ -180,7 +189,7 @@ def test_weights_are_the_checkpoints_own(tmp_path: Path) -> None:
     folder = done.folder / "onnx"
     stored = backbone("llama") / "model.safetensors"
     assert (folder / "model.safetensors").read_bytes() == stored.read_bytes()
-    for name in ("model.onnx", "decode.onnx"):
+    for name in ("model.onnx", "decode.onnx", "shared.onnx"):
         assert (folder / name).stat().st_size < 100_000
         graph = onnx.load(folder / name, load_external_data=False).graph
         outside = {one.name: {entry.key: entry.value for entry in one.external_data} for one in graph.initializer}
