@@ -40,6 +40,9 @@ def serve(
         typer.Option(min=1, help="Tokens of a row, prefix and all. [the context, at most 2048]"),
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more are refused.")] = 64,
+    shared: Annotated[
+        str | None, typer.Option(help="A long prefix that many ask for: kept once, and in no row.", metavar="NAME")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     api_key: Annotated[
         str | None, typer.Option(envvar="PREFIXKIT_API_KEY", help="What requests must show, /health apart.")
@@ -63,13 +66,13 @@ def serve(
     limits = Limits(body=max_body, prompts=min(rows + waiting, Limits.prompts), seconds=request_timeout or None)
     with bound(host, port) as listening:
         session = Session(folder, device=device, threads=threads)  # type: ignore[arg-type]
-        engine = Engine(session, rows=rows, capacity=capacity, waiting=waiting)
+        engine = Engine(session, rows=rows, capacity=capacity, waiting=waiting, shared=shared)
         open_to_all, local = api_key is None, is_loopback(listening.getsockname()[0])
         app = application(engine, prefixes=prefixes, limits=limits, api_key=api_key, local=open_to_all and local)
         _log_to_stderr()
         if open_to_all and not local:
             typer.echo("whoever reaches this address may use the model: no --api-key is set", err=True)
-        server(app, lambda: _tell(app.state.service, listening)).run([listening])
+        server(app, lambda: _tell(app.state.service, listening, shared)).run([listening])
 
 
 def _check(prefixes: Path | None) -> None:
@@ -89,10 +92,12 @@ def _list(prefixes: Path) -> None:
         raise ConfigError("--prefixes", expected="a folder of prefix files", found=found) from error
 
 
-def _tell(service: Service, listening: socket.socket) -> None:
+def _tell(service: Service, listening: socket.socket, shared: str | None) -> None:
     from prefixkit.serving.http.server import url_of
 
     names = [model.name for model in service.catalogue.models]
+    if shared is not None and shared not in names:
+        typer.echo(f"--shared: no prefix is called {printable(shared)!r} so far, and each is copied", err=True)
     url, key = url_of(listening), " -H 'Authorization: Bearer KEY'" if service.api_key is not None else ""
     asking = f'{{"model": "{names[0]}", "prompt": "…", "max_tokens": 32}}'
     typer.echo(f"serving {printable(', '.join(names))} on {url}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _OP = Opset("", 24)
 _END = 2**62
+"""Behind every slot."""
 _LEAST = -65504.0
 """The least of float16: beside any other score it has no share, in any dtype."""
 
@@ -61,21 +62,16 @@ def _shared_node(
     asked = _OP.Reshape(_OP.Mul(query, _number(scale, query)), [0, kv_heads, -1, dim])
     # Behind the heads come the rows, so that what belongs to the long prefix is never turned around.
     turned = _OP.Transpose(asked, perm=[1, 0, 2, 3])
-    rows = _OP.Shape(turned, start=0, end=3)
+    rows, length = _OP.Shape(turned, start=0, end=3), _OP.Shape(shared_key, start=2, end=3)
     together = _OP.MatMul(_OP.Reshape(turned, [1, kv_heads, -1, dim]), _turned(shared_key))
     own = _OP.Transpose(_OP.MatMul(asked, _turned(key)), perm=[1, 0, 2, 3])
-    scores = _OP.Concat(
-        _OP.Reshape(together, _OP.Concat(rows, _OP.Shape(shared_key, start=2, end=3), axis=0)), own, axis=-1
-    )
+    scores = _OP.Concat(_OP.Reshape(together, _OP.Concat(rows, length, axis=0)), own, axis=-1)
     if softcap:
         most = _number(softcap, query)
         scores = _OP.Mul(_OP.Tanh(_OP.Div(scores, most)), most)
     shares = _OP.Softmax(_OP.Where(mask, scores, _number(_LEAST, query)), axis=-1)
-    (zero, last, axis), length = (
-        (_OP.Constant(value_ints=[one]) for one in (0, _END, 3)),
-        _OP.Shape(shared_key, start=2, end=3),
-    )
-    of_shared, of_own = _OP.Slice(shares, zero, length, axis), _OP.Slice(shares, length, last, axis)
+    zero, end, axis = (_OP.Constant(value_ints=[number]) for number in (0, _END, 3))
+    of_shared, of_own = _OP.Slice(shares, zero, length, axis), _OP.Slice(shares, length, end, axis)
     found = _OP.MatMul(_OP.Reshape(of_shared, _OP.Shape(together)), shared_value)
     found = _OP.Transpose(_OP.Reshape(found, _OP.Concat(rows, _OP.Shape(value, start=3), axis=0)), perm=[1, 0, 2, 3])
     found = _OP.Add(found, _OP.MatMul(_OP.Transpose(of_own, perm=[1, 0, 2, 3]), value))
@@ -103,10 +99,9 @@ def visible_behind(seen: Tensor, length: int, index: Tensor, sizes: tuple[int, i
     seq, capacity, group = sizes
     given = torch.arange(length, device=index.device) - seen[:, None]
     slots = torch.arange(capacity, device=index.device).expand(index.shape[0], capacity)
-    # Places count from a row's own first slot: what it shares stands before that.
-    places = torch.cat([given, slots], dim=-1)[:, None]
-    real = torch.cat([given < 0, slots >= 0], dim=-1)[:, None]
-    newest = (index[:, None] + torch.arange(seq, device=index.device))[..., None]
-    near = real & (places <= newest)
-    near = near if window is None else near & (places > newest - window)
-    return near.repeat(1, group, 1)[None]
+    # Places count from a row's own first slot: what it shares stands before that, what it does not share behind all.
+    places = torch.cat([torch.where(given < 0, given, _END), slots], dim=-1)[:, None]
+    # Numbers are repeated, and not what comes of them: on a GPU there is no Tile of booleans.
+    newest = (index[:, None] + torch.arange(seq, device=index.device).repeat(group))[..., None]
+    near = places <= newest
+    return (near if window is None else near & (places > newest - window))[None]

@@ -105,7 +105,8 @@ class Engine:
         # The last token is written and never read.
         room, least = self.capacity - prompt.slots + 1, request.max_new_tokens or LEAST_NEW_TOKENS
         if room < least:
-            expected = f"prefix, prompt and {least} new tokens in the {self.capacity} slots of a row"
+            parts = "prompt" if prompt.shared else "prefix, prompt"
+            expected = f"{parts} and {least} new tokens in the {self.capacity} slots of a row"
             found, step = f"{prompt.slots} before the answer", "shorten it, or start with a larger --capacity"
             raise ConfigError("prompt", expected=expected, found=found, next_step=step)
         return replace(prompt, max_new_tokens=min(prompt.max_new_tokens, room))

@@ -27,18 +27,19 @@ class SharedPrefix:
             room: makes buffers of one row with so many slots.
         """
         self._places, self._room, self.buffers = places, room, room(1)
-        self._kept: Callable[[], ServedPrefix | None] = lambda: None
+        self._kept: ref[ServedPrefix] | None = None
 
     def keep(self, prefix: ServedPrefix) -> bool:
         """Put `prefix` in the place of the one before, which no row may be reading; says whether the place moved."""
-        if prefix is self._kept():
+        if self._kept is not None and self._kept() is prefix:
             return False
-        moved = prefix.length > self.buffers.capacity
-        if moved:
-            self.buffers = self._room(prefix.length)
-        self.buffers.place(self._places, 0, self.buffers.on_device(prefix))
-        # What the session drops must not stay in memory for this comparison.
+        place = self.buffers if prefix.length <= self.buffers.capacity else self._room(prefix.length)
+        # Neither of the two, where the copy fails.
+        self._kept = None
+        place.place(self._places, 0, place.on_device(prefix))
+        # What the session drops must not stay in memory for a comparison.
         self._kept = ref(prefix)
+        moved, self.buffers = place is not self.buffers, place
         return moved
 
     def bind(self, binding: Any) -> None:

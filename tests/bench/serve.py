@@ -71,6 +71,7 @@ CASES = {
     "cpu-gpt2-15m-b8": Case(GPT2_15M, 8, 16, "cpu"),
     "cpu-llama-100m-b1": Case("llama-100m", 1, 16, "cpu", 32),
     "cpu-llama-100m-b8": Case("llama-100m", 8, 16, "cpu", 32),
+    "cpu-shared-p2048-b8": Case("llama-100m", 8, 2048, "cpu", 32, serving_shared.measure),
     "swap": Case("llama-100m", 4, 512, None, 256, serving_swap.measure, "qwen06"),
     "h200-qwen06-b1-p20": Case("qwen06", 1, 20),
     "h200-qwen06-b32-p20": Case("qwen06", 32, 20),

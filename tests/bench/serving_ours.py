@@ -22,10 +22,11 @@ class OurEngine:
 
     Args:
         prefixes: for rows in turn; None is one for each.
+        shared: keep the first once for all rows.
     """
 
-    def __init__(self, work: Work, prefixes: Sequence[Prefix] | None = None) -> None:
-        self.work, self.prefixes = work, prefixes or work.prefixes
+    def __init__(self, work: Work, prefixes: Sequence[Prefix] | None = None, *, shared: bool = False) -> None:
+        self.work, self.prefixes, self.shared = work, prefixes or work.prefixes, shared
         self.session = Session(work.buffered, device=work.device, threads=work.threads)  # type: ignore[arg-type]
         self.names: list[str | None] = [f"row {row % len(self.prefixes)}" for row in range(work.rows)]
         for row, prefix in enumerate(self.prefixes):
@@ -34,7 +35,9 @@ class OurEngine:
 
     def begin(self) -> None:
         """Make room for all rows."""
-        self.engine = Engine(self.session, rows=self.work.rows, capacity=self.work.capacity, waiting=self.work.rows)
+        rows, capacity = self.work.rows, self.work.capacity - (self.work.length if self.shared else 0)
+        name = "row 0" if self.shared else None
+        self.engine = Engine(self.session, rows=rows, capacity=capacity, waiting=rows, shared=name)
 
     def write(self, prompts: Sequence[Tokens] | None = None, *, behind: bool = True) -> Turn:
         """Every row once. The prefix of the first one is new each time; without `behind` there is none."""

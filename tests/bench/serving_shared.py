@@ -1,8 +1,7 @@
-"""One long prefix that all rows share, against a different one for each: time a token, and memory."""
+"""One long prefix that all rows share, kept once, against a different one for each: time a token, and memory."""
 
 from __future__ import annotations
 
-from prefixkit.prefix import Prefix
 from tests.bench.fresh import of_process
 from tests.bench.rounds import Row, alternate, compare
 from tests.bench.serving_alone import device_memory
@@ -20,9 +19,9 @@ def measure(case: str, work: Work, effort: Effort, tell: Tell) -> list[Row]:
     Raises:
         UnequalError: rows behind the same prefix write what they do not write behind their own.
     """
-    used = _used(work)
-    shared, after_shared = _begun(work, work.prefixes[:1])
-    different, after_both = _begun(work, None)
+    prefixes, used = work.prefixes, _used(work)
+    shared, after_shared = _begun(OurEngine(work, prefixes[:1], shared=True))
+    different, after_both = _begun(OurEngine(work))
     tell(f"{case}: {after_shared - used:.0f} and {after_both - after_shared:.0f} MiB with weights")
     if shared.write().tokens[0] != different.write().tokens[0] or shared.write().tokens == different.write().tokens:
         raise UnequalError(f"{case}: not the same work in the first row, or the same in all")
@@ -35,10 +34,9 @@ def measure(case: str, work: Work, effort: Effort, tell: Tell) -> list[Row]:
     return rows + compare(case, MEMORY, {name: [max(each, 1.0)] for name, each in grown.items()})
 
 
-def _begun(work: Work, prefixes: list[Prefix] | None) -> tuple[OurEngine, float]:
-    one = OurEngine(work, prefixes)
+def _begun(one: OurEngine) -> tuple[OurEngine, float]:
     one.write()
-    return one, _used(work)
+    return one, _used(one.work)
 
 
 def _used(work: Work) -> float:

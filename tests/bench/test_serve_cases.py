@@ -27,7 +27,7 @@ from tests.exported import backbone, exported
 # PEFT asks transformers in words that transformers will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 NAMES = {
-    *("cpu-gpt2-15m-b1", "cpu-gpt2-15m-b8", "cpu-llama-100m-b1", "cpu-llama-100m-b8", "swap"),
+    *("cpu-gpt2-15m-b1", "cpu-gpt2-15m-b8", "cpu-llama-100m-b1", "cpu-llama-100m-b8", "cpu-shared-p2048-b8", "swap"),
     *("h200-qwen06-b1-p20", "h200-qwen06-b32-p20", "h200-qwen06-b1-p2048", "h200-qwen06-b32-p2048"),
     *("h200-qwen17-b1-p20", "h200-8b-b1-p20", "h200-prefill-b32", "h200-shared-p2048-b32", "h200-ttft-p2048-b32"),
 }

@@ -124,6 +124,23 @@ def test_an_open_address_without_a_key_is_warned_of(folder: Path) -> None:
     assert "whoever reaches this address may use the model: no --api-key is set" in err
 
 
+def test_a_shared_prefix_takes_no_slots_of_a_row(folder: Path, tmp_path: Path) -> None:
+    made = random_prefix(load_backbone(backbone("gpt2")).identity, seed=2, length=60)
+    save(made, tmp_path / "long.safetensors")
+    session = Session(exported("gpt2").folder, device="cpu", threads=1)
+    session.add_prefix("long", made)
+    options = ("--prefixes", tmp_path, "--threads", 1, "--capacity", 40, "--shared")
+    with process(folder, *options, "long") as (_, url, _):
+        asked = {"model": "long", "prompt": "Blue Spice", "max_tokens": 8, "temperature": 0}
+        status, answer = ask(f"{url}/v1/completions", asked)
+        expected = session.generate(["Blue Spice"], "long", max_new_tokens=8)[0].text
+        assert (status, answer["choices"][0]["text"]) == (200, expected)
+    with process(folder, *options, "lnog") as (running, _, _):
+        running.send_signal(signal.SIGTERM)
+        _, err = running.communicate(timeout=60)
+    assert "--shared: no prefix is called 'lnog' so far, and each is copied" in err
+
+
 def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with bound("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])

@@ -41,10 +41,10 @@ HEADER = """# Graphs that write into buffers against PyTorch, every architecture
 Written by `pytest -m matrix tests/export/test_buffered.py`: tiny random models (2 layers, weights times 3), float32, on
 a CPU. Seven texts in three rows of buffers, behind prefixes of 0 to 40 slots (less where a window is narrower), prompts
 of 1 to 30 tokens and 32 tokens behind each; a text that is done makes room for the next while the others go on. Then
-again with three of them behind one prefix that is kept once. Each text against itself alone, without buffers or padding,
-in the unmodified model. Effect: the least of a prefix.
+again with three of them behind one prefix that is kept once. Each text against itself alone, without buffers or
+padding, in the unmodified model. Effect: the least of a prefix. Nodes: of the graphs for prompts, tokens and sharing.
 
-| architecture | max abs d of logits | greedy tokens | effect of the prefix | nodes: prompts, tokens, sharing | export, seconds |
+| architecture | max abs d of logits | greedy tokens | effect of the prefix | nodes | export, seconds |
 |---|---|---|---|---|---|
 """
 
