@@ -14,7 +14,10 @@ FILES = sorted((ROOT / "examples").glob("*.py"))
 # What has no main is what others import.
 SHORT = {"few_shot_templates": ["2", "2"], "five_prefixes": ["8"], "methods_side_by_side": ["2", "4"]}
 """What makes a run short, where that is more than two steps."""
-LONG = ("encoder_decoder_prefixes", "few_shot_templates")
+LONG = (
+    *("encoder_decoder_prefixes", "few_shot_templates", "pretrain_encoder", "pretrain_vit"),
+    *("tagging_with_prefixes", "visual_prompts"),
+)
 EXAMPLES = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
 
 

@@ -53,7 +53,9 @@ def test_all_are_there() -> None:
     assert set(train.CASES) == NAMES
 
 
-@pytest.mark.parametrize("name", ["h200-qwen06-roof", "h200-8b-fit", "h200-qwen06-sweep16"])
+@pytest.mark.parametrize(
+    "name", ["h200-qwen06-roof", "h200-8b-fit", pytest.param("h200-qwen06-sweep16", marks=pytest.mark.matrix)]
+)
 def test_a_case_runs_on_a_stand_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "QUICK", AMOUNT)
     rows = train.measure(name, options(), tmp_path)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from prefixkit.cli import run
+from prefixkit.cli import quickstart, run
 from prefixkit.prefix import load
 from prefixkit.serving.session import Session
 
 
-def test_quickstart_trains_exports_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_trains_exports_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_MAX_NEW_TOKENS", 20)
     assert run(["quickstart", "-o", str(tmp_path / "q"), "--steps", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["version"] == 1
