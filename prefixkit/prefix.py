@@ -26,7 +26,8 @@ from prefixkit.format.writer import StoredTensor, encode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_NUMPY: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: Mapping[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""By the name that safetensors has for it, each dtype that a prefix may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def load(path: str | Path, *, verify: bool = True) -> Prefix:
         refuse(path, data_problems(stored, data.items()))
     arrays = {}
     for name, entry in stored.header.tensors.items():
-        arrays[name] = np.frombuffer(data[name], dtype=_NUMPY[entry.dtype]).reshape(entry.shape)
+        arrays[name] = np.frombuffer(data[name], dtype=DTYPES[entry.dtype]).reshape(entry.shape)
     return Prefix(parse(stored.document), arrays)
 
 
@@ -181,7 +182,7 @@ def _as_stored(prefix: Prefix) -> tuple[dict[str, StoredTensor], dict[str, Any]]
 
 
 def _stored(name: str, array: Array) -> StoredTensor:
-    for dtype, numpy_dtype in _NUMPY.items():
+    for dtype, numpy_dtype in DTYPES.items():
         if array.dtype.newbyteorder("<") == numpy_dtype:
             data = np.ascontiguousarray(array).astype(numpy_dtype, copy=False).tobytes()
             return StoredTensor(dtype, tuple(array.shape), data)

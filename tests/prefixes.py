@@ -63,6 +63,21 @@ def small_prefix(*, layers: int = 2, length: int = 3, dtype: Any = np.float32, s
     return Prefix(manifest, _arrays(layers, length, dtype, seed))
 
 
+def soft_prompt(identity: BackboneIdentity, *, length: int, seed: int, dtype: Any = np.float32) -> Prefix:
+    """Random vectors [length, hidden] before the text of a decoder."""
+    vectors = np.random.default_rng(seed).normal(size=(length, identity.hidden_size)).astype(dtype)
+    record = InjectionRecord(
+        kind="embedding_prompt",
+        stack="decoder",
+        length=length,
+        placement="prepend",
+        positions=Positions(text_start=length),
+    )
+    provenance = Provenance(method="prompt-tuning", prefixkit="0.1.0")
+    manifest = Manifest(backbone=identity, injections=(record,), provenance=provenance)
+    return Prefix(manifest, {"prompt.embeddings": vectors})
+
+
 def _arrays(layers: int, length: int, dtype: Any, seed: int | None) -> dict[str, Any]:
     size = 2 * length * 4
     generator = None if seed is None else np.random.default_rng(seed)

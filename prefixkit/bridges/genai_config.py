@@ -11,7 +11,7 @@ from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.prefix import Prefix
 from prefixkit.task import load_tokenizer, stop_ids
-from prefixkit.task.encode import separator_ids
+from prefixkit.task.encode import is_chat, separator_ids
 from prefixkit.task.tokenizer import ModelTokenizer
 
 _ROOM = 2048
@@ -78,7 +78,7 @@ def genai_config(made: Portable, tokens: SpecialTokens) -> dict[str, Any]:
 def _padding(task: TaskRecord | None, tokenizer: ModelTokenizer, end: int, vocabulary: int) -> int:
     own = tokenizer.named_id("pad_token")
     usual = end if own is None else own
-    if task is None or task.chat_template_hash is not None:
+    if task is None or is_chat(task):
         return usual
     last = separator_ids(task, tokenizer)[-1:]
     others: tuple[int, ...] = (usual, *tokenizer.special_ids.values(), *range(vocabulary))

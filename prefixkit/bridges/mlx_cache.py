@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prefixkit.bridges.safetensors_arrays import DTYPES, stored_tensor
+from prefixkit.bridges.safetensors_arrays import stored_tensor
 from prefixkit.errors import FormatError
 from prefixkit.format.atomic import write_stream
 from prefixkit.format.header import Header, read_header, read_tensors
 from prefixkit.format.writer import StoredTensor, encode
-from prefixkit.prefix import Array
+from prefixkit.prefix import DTYPES, Array
 
 PLAIN, ROTATING = "KVCache", "RotatingKVCache"
 _AGAIN = "save_prompt_cache writes it"

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from prefixkit.bridges.safetensors_arrays import DTYPES, stored_tensor
+from prefixkit.bridges.safetensors_arrays import stored_tensor
 from prefixkit.errors import FormatError
 from prefixkit.format.atomic import replacing_folder, write_bytes, write_stream
 from prefixkit.format.canonical import read_json
 from prefixkit.format.header import read_header, read_tensors
 from prefixkit.format.writer import encode
-from prefixkit.prefix import Array
+from prefixkit.prefix import DTYPES, Array
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

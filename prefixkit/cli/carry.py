@@ -27,19 +27,18 @@ def carry(
 ) -> Carried:
     """Write the prefix in `file` to `output` as `row` wants it.
 
+    Args:
+        backbone: given where `row` needs it, and only there.
+
     Raises:
-        InputError: settings that `row` does not have, no backbone where one is needed, a file or prefix that does not
-            go there.
+        InputError: settings that `row` does not have, a file or prefix that does not go there.
     """
     from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.prefix import load
 
     assert row.exporter is not None
     given = chosen(row, _named(settings, dtype))
-    if row.backbone:
-        if backbone is None:
-            step = "see `prefixkit export --help`"
-            raise ConfigError(f"export --{row.name}", expected="--backbone", found="none", next_step=step)
+    if backbone is not None:
         given["backbone"] = backbone
     refuse_own_input(output, [file], f"export --{row.name}")
     quiet_transformers()

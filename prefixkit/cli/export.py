@@ -76,8 +76,10 @@ def export(
         folder, written = _required(form, {"a folder that --onnx wrote": prefix, "--output": output})
         _triton(folder, written, as_json)
     else:
-        file, written = _required(form, {"a prefix file": prefix, "--output": output})
-        _show_carried(carry(runtime(form), file, written, backbone, settings or (), dtype), as_json)
+        row = runtime(form)
+        needed = {"a prefix file": prefix, "--output": output} | ({"--backbone": backbone} if row.backbone else {})
+        file, written, *_ = _required(form, needed)
+        _show_carried(carry(row, file, written, backbone, settings or (), dtype), as_json)
 
 
 _OPTIONS: Mapping[str, set[str]] = {

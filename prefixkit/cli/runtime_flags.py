@@ -11,7 +11,7 @@ import typer
 from prefixkit.bridges.catalogue import RUNTIMES
 from prefixkit.errors import ConfigError
 
-COUNTS = ("none", "one", "two", "three")
+_COUNTS = ("none", "one", "two", "three")
 
 
 def flags(attribute: str) -> dict[str, str]:
@@ -48,5 +48,5 @@ def one_of(command: str, given: Mapping[str, Any], expected: str) -> str:
     if len(names) == 1:
         return names[0]
     step = "add " + ", ".join(f"--{name.replace('_', '-')}" for name in given)
-    found = COUNTS[len(names)] if len(names) < len(COUNTS) else str(len(names))
+    found = _COUNTS[len(names)] if len(names) < len(_COUNTS) else str(len(names))
     raise ConfigError(command, expected=expected, found=found, next_step=step)

@@ -28,6 +28,7 @@ from prefixkit.prefix import Prefix
 from prefixkit.serving.graph import Graph
 
 _HEAD = 8
+"""What GroupQueryAttention wants the dimensions of a head to be a multiple of."""
 
 
 class BufferedExport(DecoderExport):

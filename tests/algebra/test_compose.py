@@ -25,7 +25,7 @@ from prefixkit.injections import KeyValuePrefixes, injection, records_of
 from prefixkit.prefix import Prefix, content_of, load, save
 from prefixkit.training.capture import capture
 from tests.encoder_decoders import folder_of, random_prefixes
-from tests.prefixes import small_prefix
+from tests.prefixes import small_prefix, soft_prompt
 
 Folder = Callable[..., Path]
 TOLERANCE = 1e-5
@@ -155,19 +155,7 @@ def test_the_file_says_what_it_is_made_of(tmp_path: Path) -> None:
 
 
 def prompt(folder: Path, length: int, seed: int) -> Prefix:
-    decoder = load_decoder(folder)
-    rows = np.random.default_rng(seed).normal(size=(length, decoder.identity.hidden_size)).astype(np.float32)
-    record = InjectionRecord(
-        kind="embedding_prompt",
-        stack="decoder",
-        length=length,
-        placement="prepend",
-        positions=Positions(text_start=length),
-    )
-    provenance = Provenance(method="prompt-tuning", prefixkit="0.1.0")
-    return Prefix(
-        Manifest(backbone=decoder.identity, injections=(record,), provenance=provenance), {"prompt.embeddings": rows}
-    )
+    return soft_prompt(load_decoder(folder).identity, length=length, seed=seed)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -21,27 +21,15 @@ from prefixkit.bridges.prompt_embeds import export_sglang, sglang_input_embeds, 
 from prefixkit.bridges.vllm import export_vllm
 from prefixkit.cli import run
 from prefixkit.errors import FormatError
-from prefixkit.format.manifest import InjectionRecord, Manifest, Positions, Provenance
 from prefixkit.prefix import Prefix, save
-from tests.prefixes import small_prefix
+from tests.prefixes import small_prefix, soft_prompt
 
 Folder = Callable[..., Path]
 LENGTH, TOKENS = 5, list(range(40, 52))
 
 
 def prompt(folder: Path, dtype: Any = np.float32) -> Prefix:
-    decoder = load_decoder(folder)
-    vectors = np.random.default_rng(3).normal(size=(LENGTH, decoder.identity.hidden_size)).astype(dtype)
-    record = InjectionRecord(
-        kind="embedding_prompt",
-        stack="decoder",
-        length=LENGTH,
-        placement="prepend",
-        positions=Positions(text_start=LENGTH),
-    )
-    provenance = Provenance(method="prompt-tuning", prefixkit="0.1.0")
-    manifest = Manifest(backbone=decoder.identity, injections=(record,), provenance=provenance)
-    return Prefix(manifest, {"prompt.embeddings": vectors})
+    return soft_prompt(load_decoder(folder).identity, length=LENGTH, seed=3, dtype=dtype)
 
 
 def decoded(payload: str) -> Tensor:

@@ -35,12 +35,17 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def session(family: str) -> Session:
+def session_of(family: str, *, long: int = 40) -> Session:
+    """The folder's own prefix, a short one, and one of `long` slots."""
     made = Session(exported(family, target="cuda").folder, device="cpu", threads=1)
     made.add_prefix("short", prefix_for(family, seed=2, length=3))
-    made.add_prefix("long", prefix_for(family, seed=3, length=40))
+    made.add_prefix("long", prefix_for(family, seed=3, length=long))
     return made
+
+
+@pytest.fixture
+def session(family: str) -> Session:
+    return session_of(family)
 
 
 def drained(engine: Engine) -> dict[int, list[Progress]]:

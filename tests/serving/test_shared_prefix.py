@@ -22,7 +22,7 @@ from prefixkit.serving.session import OWN, Session
 from prefixkit.serving.shared_prefix import SharedPrefix
 from prefixkit.task import encode_prompt, load_tokenizer, stop_ids
 from tests.exported import TASK, backbone, exported
-from tests.serving.test_engine import LENGTHS, PROMPTS, answer, drained, prefix_for
+from tests.serving.test_engine import LENGTHS, PROMPTS, answer, drained, prefix_for, session_of
 
 LONG = 60
 CAPACITY = 48
@@ -37,10 +37,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def session(family: str) -> Session:
-    made = Session(exported(family, target="cuda").folder, device="cpu", threads=1)
-    made.add_prefix("short", prefix_for(family, seed=2, length=3))
-    made.add_prefix("long", prefix_for(family, seed=3, length=LONG))
-    return made
+    return session_of(family, long=LONG)
 
 
 def alone(session: Session, request: Request) -> Any:
