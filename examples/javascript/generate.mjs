@@ -70,13 +70,10 @@ async function loadTokenizer(Tokenizer, folder, report) {
 
 /** The fields of a task: of one, the text itself; of more, JSON. */
 function fields(task, prompt) {
-  const names = bridge.inputFields(task);
-  if (names.length === 1) return prompt;
-  try {
-    return JSON.parse(prompt);
-  } catch {
-    return expect(false, 'prompt', `a JSON object with the fields ${names.join(', ')}`, 'other text');
-  }
+  const given = bridge.parseFields(task, prompt);
+  const names = bridge.inputFields(task).join(', ');
+  expect(given !== undefined, 'prompt', `a JSON object with the fields ${names}`, 'other text');
+  return given;
 }
 
 function written(prefix, task, given, tokenizer, report, asked) {

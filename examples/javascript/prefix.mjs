@@ -10,7 +10,7 @@ import { parseStrict, readSafetensors } from './safetensors.mjs';
 
 export { PrefixError } from './errors.mjs';
 export { matches, refuseOther } from './match.mjs';
-export { decodeTarget, encodePrompt, inputFields, plainTask, stopIds, taskTokenizer } from './prompt.mjs';
+export { decodeTarget, encodePrompt, inputFields, parseFields, plainTask, stopIds, taskTokenizer } from './prompt.mjs';
 
 /**
  * The prefix in a file's bytes: keys and values before the text of a decoder.

@@ -45,6 +45,16 @@ export function inputFields(task) {
   return [...new Set(parts(task.input_template).flatMap(({ field }) => field ?? []))];
 }
 
+/** What a person typed as the fields of `task`: of one, the text itself; of more, JSON; undefined for what is none. */
+export function parseFields(task, text) {
+  if (inputFields(task).length === 1) return text;
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
 /**
  * The token ids of `[BOS] input separator`. Nothing is cut: a prompt that is too long is refused.
  * @param {object} task `manifest.task` of a prefix

@@ -75,13 +75,9 @@ async function answer({ task, ...row }, prompt, wanted, tell) {
 
 /** An input as its task asks for it: the text itself, or JSON of several fields. */
 function fields(task, prompt) {
-  const names = bridge.inputFields(task);
-  if (names.length === 1) return prompt;
-  try {
-    return JSON.parse(prompt);
-  } catch {
-    throw new Error(`This prefix asks for a JSON object with the fields ${names.join(', ')}.`);
-  }
+  const given = bridge.parseFields(task, prompt);
+  if (given !== undefined) return given;
+  throw new Error(`This prefix asks for a JSON object with the fields ${bridge.inputFields(task).join(', ')}.`);
 }
 
 /** The case that visitors meet, in the page's own words. */
