@@ -5,8 +5,8 @@ stand in one batch without padding between. What lies behind a row's newest toke
 
 - `scattered`: TensorScatter and Attention of opset 24 (ONNX 1.19), for any number of new tokens; layers with a sliding
   window or a soft cap are given a mask.
-- `grouped`: onnxruntime's GroupQueryAttention, which writes and attends in one, to the used slots alone; for one new
-  token a row, or any number in a single row.
+- `grouped`: onnxruntime's GroupQueryAttention, which rotates, writes and attends in one, to the used slots alone; for
+  one new token a row, or any number in a single row.
 - `shared`: TensorScatter, and attention in pieces to the buffers and to a prefix beside them that rows share; see
   `prefixkit.export.shared_attention`.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from prefixkit.export.emitted import rotation_of
 from prefixkit.export.shared_attention import TRANSLATIONS as SHARED
 from prefixkit.export.shared_attention import attend_shared, visible_behind
 
@@ -32,6 +33,8 @@ Form = Literal["scattered", "grouped", "shared"]
 OPSET = 24
 _NAME = "prefixkit_buffers"
 _OP = Opset("", OPSET)
+_HEAD = 16
+"""What GroupQueryAttention wants the dimensions of a head to be a multiple of, if it is to rotate them."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,14 @@ def _grouped(
     where: Writing, layer: int, new: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None, softcap: float
 ) -> Tensor:
     (batch, heads, seq, dim), kv_heads = new[0].shape, new[1].shape[1]
-    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in new)
     keys, values = where.buffers[layer]
+    turns, unrotated = _turns(new[0], new[1], keys.shape[2])
+    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in (*unrotated, new[2]))
     found, *written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys)),
+        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys), *turns),
         {
+            "do_rotary": int(bool(turns)),
             "num_heads": heads,
             "kv_num_heads": kv_heads,
             "scale": scale,
@@ -184,6 +189,22 @@ def _grouped(
     )
     where.written[layer] = (written[0], written[1])
     return found.view(batch, seq, heads, dim)
+
+
+def _turns(query: Tensor, key: Tensor, capacity: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """What GroupQueryAttention rotates by, and what it is to rotate: nothing, and both as they are, where it cannot.
+
+    Its tables of cosines and sines have to have as many lines as a buffer has slots. There is one for each token,
+    made for its position in this pass, so that no position is without; those behind are never looked at.
+    """
+    rotated, other = rotation_of(query), rotation_of(key)
+    if rotated is None or other is None or query.shape[-1] % _HEAD or rotated.cos.shape[-1] % (_HEAD // 2):
+        return (), (query, key)
+    batch, seq, half = rotated.cos.shape
+    tokens = torch.arange(batch * seq, device=query.device)
+    lines = torch.cat([tokens, tokens.new_zeros(capacity)])
+    tables = [turn.reshape(-1, half).index_select(0, lines) for turn in (rotated.cos, rotated.sin)]
+    return (*tables, tokens.view(batch, seq)), (rotated.before, other.before)
 
 
 def _capacity(buffer: Tensor) -> Tensor:

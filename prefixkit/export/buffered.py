@@ -18,6 +18,7 @@ from prefixkit.export.buffered_tracing import trace_buffered, trace_place
 from prefixkit.export.buffered_verify import verify_buffered
 from prefixkit.export.decoder import DecoderExport
 from prefixkit.export.emitted import emitted
+from prefixkit.export.fused import pack
 from prefixkit.export.parity import CaseResult
 from prefixkit.export.quantized import Rounded, described, multiply_in_blocks, round_linear, save_rounded
 from prefixkit.export.report import GRAPH
@@ -72,6 +73,7 @@ class BufferedExport(DecoderExport):
             }
         for graph in graphs.values():
             multiply_in_blocks(graph, self.rounded)
+            pack(graph)
         return graphs
 
     @property

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prefixkit.export.buffer_attention import OPSET, TRANSLATIONS, Form, tensor_scatter
 from prefixkit.export.buffered_wrapper import BufferedDecoder
 from prefixkit.export.emitted import TRANSLATIONS as WHOLE
+from prefixkit.export.fused import fuse
 from prefixkit.export.tracing import graph_of
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.serving.buffer_names import (
@@ -69,6 +70,7 @@ def trace_buffered(model: PreTrainedModel, geometry: Sequence[LayerGeometry], fo
         shape=_shape,
         opset=OPSET,
         translations={**TRANSLATIONS, **WHOLE},
+        fuse=fuse,
     )
     for unused in [value for value in graph.graph.inputs if not value.uses()]:
         graph.graph.inputs.remove(unused)
@@ -94,7 +96,6 @@ def trace_place(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> ir
 
 def _fuse_transposes(graph: ir.Model) -> None:
     """Multiply by weights as the checkpoint stores them: nothing is turned around in memory when a graph is loaded."""
-    graph.opset_imports["com.microsoft"] = 1
     for node in [node for node in graph.graph if node.op_type == "MatMul"]:
         left, right = node.inputs
         turned = right.producer() if right is not None else None

@@ -2,6 +2,7 @@
 
 RMSNormalization and RotaryEmbedding of opset 23 are put in while a model is traced, wherever they are seen to compute
 what the model's own code computes; a pattern that is looked for in the finished graph is missed in half precision.
+Attention that rotates by itself asks what a tensor was before.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +24,20 @@ from prefixkit.backbones import own_forward
 _OP = Opset("", 24)
 _CLOSE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ROTATE = "apply_rotary_pos_emb"
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """What `rotate` was given, and what it gave."""
+
+    before: Tensor
+    cos: Tensor
+    sin: Tensor
+    after: Tensor
+
+
+# By the identity of what came out, which is kept, so that no other tensor has it.
+_ROTATED: ContextVar[dict[int, Rotated]] = ContextVar("rotated")
 
 
 @torch.library.custom_op("prefixkit::rms_norm", mutates_args=())
@@ -72,6 +89,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 def emitted(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` compute through these operators, in a `with` block, where they give what its own code gives."""
     with ExitStack() as stack:
+        stack.callback(_ROTATED.reset, _ROTATED.set({}))
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 stack.enter_context(_norm(module))
@@ -79,6 +97,11 @@ def emitted(model: PreTrainedModel) -> Iterator[None]:
             if hasattr(file, _ROTATE):
                 stack.enter_context(_rotation(file, model.dtype))
         yield
+
+
+def rotation_of(states: Tensor) -> Rotated | None:
+    """How `states` came out of the model's rotation; None where they did not, or were changed since."""
+    return _ROTATED.get().get(id(states))
 
 
 @contextmanager
@@ -108,7 +131,7 @@ def _rotation(file: Any, dtype: torch.dtype) -> Iterator[None]:
     def whole(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         half = cos.shape[-1] // 2
         turns = cos[..., :half].to(query.dtype), sin[..., :half].to(query.dtype)
-        return rotate(query, *turns), rotate(key, *turns)
+        return _noted(query, *turns), _noted(key, *turns)
 
     probe = _rotary_probe(dtype)
     if all(_equal(*pair) for pair in zip(whole(*probe), own(*probe), strict=True)):
@@ -117,6 +140,12 @@ def _rotation(file: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         setattr(file, _ROTATE, own)
+
+
+def _noted(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    found = Rotated(states, cos, sin, rotate(states, cos, sin))
+    _ROTATED.get()[id(found.after)] = found
+    return found.after
 
 
 def _rotary_probe(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

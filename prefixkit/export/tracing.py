@@ -60,6 +60,7 @@ def graph_of(
     shape: Callable[[ir.Value], ir.Shape],
     opset: int = OPSET,
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+    fuse: Callable[[ir.Model], None] = lambda _: None,
 ) -> ir.Model:
     """What `module` does with its arguments, as a graph.
 
@@ -69,6 +70,7 @@ def graph_of(
         inputs, outputs: names, in the order of the arguments and of what `module` returns.
         shape: how an input's or output's dimensions are to be called.
         translations: what operators of ours become in ONNX.
+        fuse: changes the graph while the shapes of all values are known.
     """
     with _quiet():
         program: Any = torch.onnx.export(
@@ -85,6 +87,7 @@ def graph_of(
         )
         graph: ir.Model = program.model
         optimize_ir(graph, onnx_shape_inference=False, should_fold=_not_transposes)
+        fuse(graph)
     _tidy(graph, shape)
     return graph
 
