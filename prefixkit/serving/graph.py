@@ -80,16 +80,16 @@ class Graph:
             binding.bind_output(name, "cpu")
         for name in kept:
             binding.bind_output(name, self.device)
-        return self.run_bound(binding)
+        self.run_bound(binding)
+        found: list[Any] = binding.get_outputs()
+        return found
 
-    def run_bound(self, binding: Any) -> list[Any]:
-        """Run the graph on what is bound; gives its outputs in the order in which they were bound."""
+    def run_bound(self, binding: Any) -> None:
+        """Run the graph on what is bound, inputs and outputs."""
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own bare exception types: out of memory, a broken kernel
             raise PrefixkitError("onnxruntime", found=_first_line(error)) from error
-        found: list[Any] = binding.get_outputs()
-        return found
 
     @property
     def inputs(self) -> frozenset[str]:
