@@ -27,7 +27,7 @@ class Amount:
         rounds: of every contender in turn.
         steps: of a turn.
         equal: steps on the same batches before the first turn, after which losses must agree.
-        fresh: processes for memory and the time to the first step, a contender.
+        fresh: processes for memory and the time to the first step, a contender; 0 leaves these out.
         compiled: whether torch.compile is tried for PEFT at its best; it takes minutes on a CPU.
         epochs: of a run on the wall clock.
         held_out: validation examples of such a run, at most.
@@ -64,6 +64,8 @@ def measure(case: str, setting: Setting, amount: Amount, tell: Tell) -> list[Row
     del found
     tell(f"{case}: {begun} steps each; now each contender in a process of its own")
     alone = {name: COMPILED if name == BEST and compiled else name for name in names}
+    if not amount.fresh:
+        return rows
     figures = {name: [fresh.measure(setting, alone[name]) for _ in range(amount.fresh)] for name in names}
     for key, metric in fresh.METRICS[setting.device].items():
         rows += compare(case, metric, {name: [one[key] for one in each] for name, each in figures.items()})

@@ -1,6 +1,6 @@
 """Training speed, side by side: ours, PEFT as people run it, PEFT at its best, a bare loop. From the project's root:
 
-    python -m tests.bench.train [--cases NAME,…] [--rounds N] [--json FILE] [--device cpu|cuda] [--quick]
+    python -m tests.bench.train [--cases NAME,…] [--rounds N] [--fresh N] [--json FILE] [--device cpu|cuda] [--quick]
 
 All contenders run in one process, in turns, on batches that are collated then and never come back; collating, masks and
 packing count. Before the first turn each takes some steps on the same batches from the same prefix, and their losses
@@ -82,7 +82,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Row]:
     setting = setting_of(case, options, folder)
     if name == SWEEP:
         return sweep8.measure(name, setting, rounds=2 if quick else options.rounds, quick=quick)
-    amount = QUICK if quick else replace(FULL, rounds=options.rounds, steps=options.steps)
+    amount = QUICK if quick else replace(FULL, rounds=options.rounds, steps=options.steps, fresh=options.fresh)
     return case.measure(name, setting, amount, tell)
 
 
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="names with commas between them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="of a turn")
+    parser.add_argument("--fresh", type=int, default=3, help="processes for memory, a contender; 0 leaves it out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only the cases of this device")
     parser.add_argument("--backbone", type=Path, help="a folder, in the place of the cases' own")

@@ -61,7 +61,8 @@ def _curves(case: str, setting: Setting, amount: Amount, tell: Tell) -> dict[str
     found: dict[str, Curve] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start.pt"
-        torch.save(Ours(setting, None).prefix.cpu(), start)
+        # The prefix alone is wanted of it: compiling takes minutes.
+        torch.save(Ours(replace(setting, compile="off"), None).prefix.cpu(), start)
         for name in ("ours", "PEFT", BEST, *([COMPILED] if amount.compiled else [])):
             try:
                 found[name] = in_a_process(setting, name, steps, amount.held_out, start)
