@@ -15,7 +15,7 @@ import onnxruntime
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.serving.buffer_names import INPUTS, OUTPUTS, prefix_names
-from prefixkit.serving.graph import Graph, per_layer
+from prefixkit.serving.graph import Graph, first_line, per_layer
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 
 _BFLOAT16 = 16
@@ -35,10 +35,10 @@ class Buffers:
         self._shapes = [(layer.kv_heads, capacity, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
         try:
             self._values = [self._value((rows, *shape)) for shape in self._shapes]
-        except Exception as error:  # numpy's MemoryError, or whatever onnxruntime raises for its device
-            row = self.bytes // rows >> 20
+        except (MemoryError, RuntimeError) as error:  # of numpy; of onnxruntime for its device, which may mean others
+            row, found = self.bytes // rows >> 20, f"not so much ({first_line(error)})"
             expected, step = f"memory for {rows} rows of {row:,} MiB each", "take fewer rows, or a smaller capacity"
-            raise ConfigError("buffers", expected=expected, found="not so much", next_step=step) from error
+            raise ConfigError("buffers", expected=expected, found=found, next_step=step) from error
         self._past, self._present = (
             list(per_layer(names, which, len(layers))) for names, which in ((INPUTS, "past"), (OUTPUTS, "present"))
         )
@@ -86,8 +86,9 @@ class Buffers:
     def _from(self, array: Array) -> Any:
         if self.dtype.name != "bfloat16":
             return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0)
-        value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
-        return value if self.device == "cpu" else value.to(self.device, 0)
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, _BFLOAT16, self.device, 0)
+        value.update_inplace(array.view(np.uint16))
+        return value
 
     def _row_bytes(self, shape: tuple[int, ...]) -> int:
         return int(np.prod(shape)) * self.dtype.itemsize

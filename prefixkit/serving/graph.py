@@ -89,7 +89,7 @@ class Graph:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own bare exception types: out of memory, a broken kernel
-            raise PrefixkitError("onnxruntime", found=_first_line(error)) from error
+            raise PrefixkitError("onnxruntime", found=first_line(error)) from error
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -129,6 +129,11 @@ def cache_shapes(names: Mapping[str, str], which: str, layers: Sequence[LayerGeo
     return dict(zip(per_layer(names, which, len(layers)), shapes, strict=True))
 
 
+def first_line(error: Exception) -> str:
+    """What it says, as far as it fits in a line."""
+    return str(error).strip().splitlines()[0][:200]
+
+
 def padded(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Array, Array]:
     """Token ids [batch, longest], padded with 0, and 1 where they are real."""
     longest = max(map(len, rows))
@@ -161,7 +166,7 @@ def _load(path: Path, device: Device, options: Any, *, recorded: bool) -> Any:
         with _without_provider_noise():
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # as above; a file that is missing, cut or of a newer opset
-        raise FormatError(path, expected="a graph that onnxruntime can load", found=_first_line(error)) from error
+        raise FormatError(path, expected="a graph that onnxruntime can load", found=first_line(error)) from error
 
 
 def _providers(device: Device) -> list[str]:
@@ -184,7 +189,3 @@ def _without_provider_noise() -> Iterator[None]:
             yield
     finally:
         onnxruntime.set_default_logger_severity(_WARNINGS)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,64 @@
+"""Memory for texts: bytes of every dtype where a device has them, and complaints that say what was wrong."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+import pytest
+
+from prefixkit.errors import ConfigError
+from prefixkit.format.manifest import LayerGeometry
+from prefixkit.serving.buffers import Buffers
+from prefixkit.serving.prefix_table import ServedPrefix
+
+LAYERS = (LayerGeometry(kv_heads=2, key_dim=4, value_dim=4),)
+PREFIX = tuple(np.arange(24, dtype=np.float32).reshape(2, 3, 4).astype(ml_dtypes.bfloat16) for _ in range(2))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the CPU where that of a GPU is asked for."""
+    for name, place in (("ortvalue_from_shape_and_type", 2), ("ortvalue_from_numpy", 1)):
+        monkeypatch.setattr(onnxruntime.OrtValue, name, staticmethod(_on_cpu(name, place)))
+
+
+def _on_cpu(name: str, place: int) -> Any:
+    made = getattr(onnxruntime.OrtValue, name)
+
+    def make(*given: Any) -> Any:
+        assert given[place] == "cuda"
+        return made(*given[:place], "cpu", *given[place + 1 :])
+
+    return make
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bfloat16_reaches_a_gpu_to_the_bit() -> None:
+    buffers = Buffers(LAYERS, 2, 5, "bfloat16", "cuda")
+    for value, tensor in zip(buffers.on_device(ServedPrefix(PREFIX, 3, 3, None)), PREFIX, strict=True):
+        assert (value.data_type(), value.shape()) == ("tensor(bfloat16)", [1, 2, 3, 4])
+        assert _bits(value) == tensor.tobytes()
+    assert all(_bits(value) == bytes(2 * 2 * 5 * 4 * 2) for value in buffers._values)
+
+
+def _bits(value: Any) -> bytes:
+    return ctypes.string_at(value.data_ptr(), 2 * int(np.prod(value.shape())))
+
+
+def test_a_complaint_of_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4096\nmore lines")
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", staticmethod(full))
+    with pytest.raises(ConfigError, match=r"not so much \(Failed to allocate .* 4096\); take fewer rows"):
+        Buffers(LAYERS, 2, 5, "float16", "cuda")
+
+
+def test_a_fault_of_ours_is_not_told_as_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(onnxruntime.OrtValue, "ortvalue_from_numpy")
+    with pytest.raises(AttributeError):
+        Buffers(LAYERS, 2, 5, "float16", "cpu")
