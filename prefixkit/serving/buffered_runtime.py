@@ -35,7 +35,7 @@ class BufferedRuntime:
         self._folder, self._files, self._threads = folder, folder.buffered, threads
         self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
         check_files(folder.folder, folder.files)
-        self._asked = device
+        self._asked = _suited(folder, device)
         self.places = self._graph(self._files.place)
         self.device = self.places.device
         if folder.dtype == "bfloat16" and self.device == "cpu":
@@ -104,6 +104,16 @@ class BufferedRuntime:
 
     def _buffers(self, rows: int, capacity: int) -> Buffers:
         return Buffers(self.layers, rows, capacity, str(self.dtype), self.device)
+
+
+def _suited(folder: ExportedFolder, device: Device) -> Device:
+    """Where to run `folder`: in float32 on the CPU, as GroupQueryAttention has no such kernel on a GPU."""
+    if folder.dtype != "float32" or device not in ("auto", "cuda"):
+        return device
+    if device == "cuda":
+        expected, step = "float16 or bfloat16 on a GPU", "export again with --dtype bfloat16, or use --device cpu"
+        raise ConfigError(str(folder.folder), expected=expected, found="float32", next_step=step)
+    return "cpu"
 
 
 class Next:

@@ -41,9 +41,11 @@ AGREEMENT, BLEU = 0.99, 0.5
 
 def served(dtype: str, folder: Path, device: str) -> Session:
     """The embedded backbone with the trained prefix, exported in `dtype`, or with its weights in it."""
-    precision = {"quantize": dtype} if dtype in BITS else {"dtype": dtype}
+    # There is no float32 on a GPU.
+    rounded = {"quantize": dtype, "dtype": "float32" if device == "cpu" else "bfloat16"}
+    precision = rounded if dtype in BITS else {"dtype": dtype}
     export_onnx(PREFIX, BACKBONE, folder / dtype, target="cuda", **precision)  # type: ignore[arg-type]
-    return Session(folder / dtype, device=device, threads=2)  # type: ignore[arg-type]
+    return Session(folder / dtype, device="cpu" if dtype == "float32" else device, threads=2)  # type: ignore[arg-type]
 
 
 def forced(session: Session, groups: Sequence[ReferenceGroup]) -> list[int]:
