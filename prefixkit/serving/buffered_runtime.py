@@ -246,8 +246,8 @@ class Pass:
         if shared is not None:
             shared.bind(self._binding)
         vocabulary = next(one.shape[1] for one in graph.session.get_outputs() if one.name == OUTPUTS["logits"])
-        self._logits = graph.on_device(np.zeros((count, vocabulary), np.float32))
-        self._tokens = graph.on_device(np.zeros(count, np.int64))
+        self._logits = graph.room((count, vocabulary), np.float32)
+        self._tokens = graph.room((count,), np.int64)
         self._binding.bind_ortvalue_output(OUTPUTS["logits"], self._logits)
         self._binding.bind_ortvalue_output(OUTPUTS["token"], self._tokens)
         buffers.bind(self._binding, rows.start, rows.stop)

@@ -57,6 +57,10 @@ class Graph:
         """`array` where the graph runs."""
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
+    def room(self, shape: Sequence[int], dtype: type[np.generic]) -> Any:
+        """A tensor where the graph runs, for what it writes: nothing is sent there."""
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, 0)
+
     def run(
         self, arrays: Mapping[str, Array], values: Mapping[str, Any], outputs: Sequence[str], kept: Sequence[str]
     ) -> list[Any]:

@@ -46,3 +46,10 @@ def test_float32_over_buffers_runs_on_the_cpu(report: ExportedFolder, asked: lis
 def test_float32_over_buffers_is_refused_on_a_gpu(report: ExportedFolder) -> None:
     with pytest.raises(ConfigError, match=r"expected float16 or bfloat16 on a GPU; found float32; export .* --dtype"):
         Session(report.folder, device="cuda", threads=1)
+
+
+def test_nothing_is_sent_where_logits_will_be(report: ExportedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, sent, send = BufferedRuntime(report, device="cpu", threads=1).rows(2, 16), [], Graph.on_device
+    monkeypatch.setattr(Graph, "on_device", lambda self, array: (sent.append(array.size), send(self, array))[1])
+    rows.read(0, [[5, 6, 7], [8]])
+    assert max(sent) == 2 * 3, "but for ids and positions"
