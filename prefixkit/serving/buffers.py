@@ -42,7 +42,7 @@ class Buffers:
         self._past, self._present = (
             list(per_layer(names, which, len(layers))) for names, which in ((INPUTS, "past"), (OUTPUTS, "present"))
         )
-        self._prefix = prefix_names(len(layers))
+        self._prefix, self._places = prefix_names(len(layers)), dict[int, Any]()
 
     @property
     def bytes(self) -> int:
@@ -63,16 +63,26 @@ class Buffers:
             binding.bind_input(name, self.device, 0, self._element, (self.rows, *shape), value.data_ptr())
 
     def place(self, graph: Graph, row: int, prefix: Sequence[Any]) -> None:
-        """Copy the tensors of a prefix, which are on the device, to the beginning of `row`: no model is run."""
-        binding = graph.session.io_binding()
-        self.bind(binding, row, row + 1)
-        for name, tensor in zip(self._prefix, prefix, strict=True):
-            binding.bind_ortvalue_input(name, tensor)
-        graph.run_bound(binding)
+        """Copy the tensors of a prefix, which are on the device, to the beginning of `row`: no model is run.
+
+        Args:
+            graph: the same each time. That it writes to `row` is said once, since saying so takes longer than the copy.
+        """
+        if row not in self._places:
+            self._places[row] = graph.session.io_binding()
+            self.bind(self._places[row], row, row + 1)
+        self._give(self._places[row], prefix)
+        graph.run_bound(self._places[row])
+        # What nobody has any more must not stay in memory for what is kept here.
+        self._give(self._places[row], self._values)
 
     def on_device(self, prefix: ServedPrefix) -> list[Any]:
         """The tensors of `prefix` [1, kv_heads, length, head_dim] where the graphs run."""
         return [self._from(np.ascontiguousarray(each[None])) for each in prefix.tensors]
+
+    def _give(self, binding: Any, tensors: Sequence[Any]) -> None:
+        for name, tensor in zip(self._prefix, tensors, strict=True):
+            binding.bind_ortvalue_input(name, tensor)
 
     def _value(self, shape: tuple[int, ...]) -> Any:
         # Zeros, so that nothing unknown is multiplied by a weight of zero.

@@ -12,8 +12,11 @@ import pytest
 
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import LayerGeometry
+from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.buffers import Buffers
 from prefixkit.serving.prefix_table import ServedPrefix
+from prefixkit.serving.report import read_report
+from tests.exported import exported
 
 LAYERS = (LayerGeometry(kv_heads=2, key_dim=4, value_dim=4),)
 PREFIX = tuple(np.arange(24, dtype=np.float32).reshape(2, 3, 4).astype(ml_dtypes.bfloat16) for _ in range(2))
@@ -62,3 +65,25 @@ def test_a_fault_of_ours_is_not_told_as_lack_of_memory(monkeypatch: pytest.Monke
     monkeypatch.delattr(onnxruntime.OrtValue, "ortvalue_from_numpy")
     with pytest.raises(AttributeError):
         Buffers(LAYERS, 2, 5, "float16", "cpu")
+
+
+def test_a_row_is_bound_once_and_keeps_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = BufferedRuntime(read_report(exported("gpt2", target="cuda").folder), device="cpu", threads=1)
+    buffers, bound, given = runtime.rows(2, 16).buffers, [], {}
+    bind, give = Buffers.bind, onnxruntime.IOBinding.bind_ortvalue_input
+    monkeypatch.setattr(Buffers, "bind", lambda self, *rows: (bound.append(rows[1:]), bind(self, *rows)))
+
+    def remember(self: Any, name: str, value: Any) -> None:
+        given[name] = value
+        give(self, name, value)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", remember)
+    shapes = [(layer.kv_heads, layer.key_dim) for layer in runtime.layers for _ in range(2)]
+    for row, length in ((0, 3), (1, 5), (0, 7), (1, 2)):
+        tensors = tuple(np.full((heads, length, dim), length, np.float32) for heads, dim in shapes)
+        buffers.place(runtime.places, row, buffers.on_device(ServedPrefix(tensors, length, length, None)))
+        assert all((value.numpy()[row, :, :length] == length).all() for value in buffers._values)
+    # What was longer before is still there behind the shorter one.
+    assert all((value.numpy()[1, 0, :, 0] == [2] * 2 + [5] * 3 + [0] * 11).all() for value in buffers._values)
+    assert bound == [(0, 1), (1, 2)]
+    assert list(given.values()) == buffers._values
