@@ -161,6 +161,7 @@ class Rows:
         self._ready: WeakKeyDictionary[ServedPrefix, list[Any]] = WeakKeyDictionary()
         self._tokens = tokens
         self._passes: dict[tuple[int, int], Pass] = {}
+        self._newest: Pass | None = None
 
     def begin(self, row: int, prefix: ServedPrefix | None, *, shared: bool = False) -> None:
         """Give `row` a new text behind `prefix`; what was there is forgotten.
@@ -212,6 +213,7 @@ class Rows:
         if self.shared.keep(prefix):
             # What was bound, or recorded, reads where it was before.
             self._passes.clear()
+            self._newest = None
             if self.whole:
                 self._tokens = self.runtime.recorded(self.count, self.capacity, self.shared.buffers.capacity)
 
@@ -222,10 +224,17 @@ class Rows:
             # The graph of tokens looks at the used slots alone, but reads one prompt at a time.
             alone = end - begin == 1 and not self.whole
             prompts = self.runtime.prompts if self.shared is None else self.runtime.sharing
-            return Pass(self._tokens if alone else prompts, self.buffers, rows, longest, self.shared)
+            return self._reading(self._tokens if alone else prompts, rows, longest)
         if key not in self._passes:
             self._passes[key] = Pass(self._tokens, self.buffers, rows, longest, self.shared)
         return self._passes[key]
+
+    def _reading(self, graph: Graph, rows: slice, longest: int) -> Pass:
+        """A pass over prompts. The last one is kept: the same rows may read more, and binding takes long."""
+        if self._newest is None or (self._newest.graph, self._newest.rows) != (graph, rows):
+            self._newest = Pass(graph, self.buffers, rows, longest, self.shared)
+        self._newest.take(longest)
+        return self._newest
 
 
 class Pass:
@@ -234,15 +243,11 @@ class Pass:
     def __init__(
         self, graph: Graph, buffers: Buffers, rows: slice, seq: int, shared: SharedPrefix | None = None
     ) -> None:
-        self.graph, count = graph, rows.stop - rows.start
-        texts = dict.fromkeys((INPUTS["input_ids"], INPUTS["position_ids"]), (count, seq))
-        shapes = {**texts, **dict.fromkeys((INPUTS["write_index"], INPUTS["last"], SHARED_LENGTH), (count,))}
-        self._binding = graph.session.io_binding()
-        self._given = {
-            name: graph.on_device(np.zeros(shape, np.int64)) for name, shape in shapes.items() if name in graph.inputs
-        }
-        for name, value in self._given.items():
-            self._binding.bind_ortvalue_input(name, value)
+        self.graph, self.rows, count = graph, rows, rows.stop - rows.start
+        self._binding, self._given = graph.session.io_binding(), dict[str, Any]()
+        self._size = 0
+        self.take(seq)
+        self._room((INPUTS["write_index"], INPUTS["last"], SHARED_LENGTH), (count,))
         if shared is not None:
             shared.bind(self._binding)
         vocabulary = next(one.shape[1] for one in graph.session.get_outputs() if one.name == OUTPUTS["logits"])
@@ -252,9 +257,20 @@ class Pass:
         self._binding.bind_ortvalue_output(OUTPUTS["token"], self._tokens)
         buffers.bind(self._binding, rows.start, rows.stop)
 
+    def take(self, seq: int) -> None:
+        """Run on `seq` tokens a row from now on."""
+        if seq != self._size:
+            self._size = seq
+            self._room((INPUTS["input_ids"], INPUTS["position_ids"]), (self.rows.stop - self.rows.start, seq))
+
     def run(self, given: Mapping[str, Array]) -> Next:
         """Run on inputs `given` by name."""
         for name, value in self._given.items():
             value.update_inplace(np.ascontiguousarray(given[name]))
         self.graph.run_bound(self._binding)
         return Next(self._logits, self._tokens)
+
+    def _room(self, names: Sequence[str], shape: tuple[int, ...]) -> None:
+        for name in self.graph.inputs.intersection(names):
+            self._given[name] = self.graph.room(shape, np.int64)
+            self._binding.bind_ortvalue_input(name, self._given[name])

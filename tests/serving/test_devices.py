@@ -11,6 +11,7 @@ import pytest
 from prefixkit.errors import ConfigError
 from prefixkit.serving import buffered_runtime
 from prefixkit.serving.buffered_runtime import BufferedRuntime
+from prefixkit.serving.buffers import Buffers
 from prefixkit.serving.graph import Device, Graph
 from prefixkit.serving.report import ExportedFolder, read_report
 from prefixkit.serving.session import Session
@@ -48,8 +49,25 @@ def test_float32_over_buffers_is_refused_on_a_gpu(report: ExportedFolder) -> Non
         Session(report.folder, device="cuda", threads=1)
 
 
-def test_nothing_is_sent_where_logits_will_be(report: ExportedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, sent, send = BufferedRuntime(report, device="cpu", threads=1).rows(2, 16), [], Graph.on_device
-    monkeypatch.setattr(Graph, "on_device", lambda self, array: (sent.append(array.size), send(self, array))[1])
+def test_nothing_is_sent_to_make_room(report: ExportedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = BufferedRuntime(report, device="cpu", threads=1).rows(2, 16)
+    monkeypatch.delattr(Graph, "on_device")
     rows.read(0, [[5, 6, 7], [8]])
-    assert max(sent) == 2 * 3, "but for ids and positions"
+    rows.read(0, [[5], [8]])
+
+
+def test_the_same_rows_are_bound_once(report: ExportedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, texts = BufferedRuntime(report, device="cpu", threads=1), [[[5, 6, 7], [8]], [[9, 5, 6, 7, 11], [8, 12]]]
+    expected = [runtime.rows(2, 16).read(0, text).logits for text in texts]
+    rows, bound, bind = runtime.rows(3, 16), [], Buffers.bind
+    monkeypatch.setattr(Buffers, "bind", lambda self, *place: (bound.append(place[1:]), bind(self, *place)))
+    for _ in range(2):
+        for text, logits in zip(texts, expected, strict=True):
+            for row in (0, 1):
+                rows.begin(row, None)
+            assert (rows.read(0, text).logits == logits).all()
+    assert bound == [(0, 2)]
+    rows.read(1, [[5, 6], [7]])
+    rows.read(0, [[5, 6], [7]])
+    rows.read(0, [[5, 6]])
+    assert bound == [(0, 2), (1, 3), (0, 2), (0, 1)]
