@@ -46,8 +46,10 @@ def configs(settings: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], fold
     """The run of every combination of `grid` over `settings`, each with an output of its own in `folder`.
 
     Raises:
-        ConfigError: settings that are none, or no validation data, by which runs are told apart.
+        ConfigError: settings that are none, a value twice, or no validation data, by which runs are told apart.
     """
+    for key, values in grid.items():
+        _refuse_repeated(key, values)
     made = []
     for number, point in enumerate(points(grid)):
         own = deepcopy(dict(settings))
@@ -58,3 +60,11 @@ def configs(settings: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], fold
             raise ConfigError("--eval-data", expected="examples by which the best run is told", found="none")
         made.append(config)
     return made
+
+
+def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
+    """Raise ConfigError for values that are equal: a trial is known by its point."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            found = f"{values[values.index(value)]!r} and {value!r}"
+            raise ConfigError("--grid", expected=f"values of {key} that differ", found=found)

@@ -13,7 +13,7 @@ import pytest
 
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
-from prefixkit.training import loop
+from prefixkit.training import loop, study
 from prefixkit.training.grid import axes, points
 from prefixkit.training.sweep import BEST, Quiet, rungs, sweep
 from prefixkit.training.trials import RESULTS, Trial, best_of
@@ -62,6 +62,15 @@ def test_a_grid_is_every_combination() -> None:
 def test_a_grid_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--grid: expected"):
         axes([text])
+
+
+@pytest.mark.parametrize("values", ["0,0", "0.1,1e-1", "1,true", "[[1, 2], [1, 2.0]]"])
+def test_a_value_is_tried_once(asked: dict[str, Any], tmp_path: Path, values: str) -> None:
+    grid = axes(["optimizer.lr=0.03,0.1", f"seed={values}"])
+    for work in (sweep, lambda *given: study.work(*given, f"sqlite:///{tmp_path / 'study.db'}")):
+        with pytest.raises(ConfigError, match=r"--grid: expected values of seed that differ; found .* and "):
+            work(asked, grid, tmp_path / "out")
+    assert not list(tmp_path.glob("out*")) + list(tmp_path.glob("*.db"))
 
 
 def test_every_trial_is_a_run_of_its_own(asked: dict[str, Any], tmp_path: Path) -> None:
