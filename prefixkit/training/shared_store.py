@@ -34,6 +34,16 @@ class Shared:
         """Leave a trial to whoever asks next, with what it knows of itself."""
         self.retry(self.study, self.study.trials[number])
 
+    def leave(self, number: int) -> None:
+        """The same for one that somebody stopped on purpose, which may happen any number of times."""
+        from optuna.trial import TrialState, create_trial
+
+        # Not `enqueue_trial`: GridSampler asks for the place in the grid, which only what it began itself knows.
+        trial = self.study.trials[number]
+        given = {"params": trial.params, "distributions": trial.distributions, "system_attrs": trial.system_attrs}
+        told = {**trial.user_attrs, "left": True}
+        self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=told, **given))
+
     def close(self) -> None:
         """Close what is open to the database."""
         self.storage.remove_session()

@@ -93,7 +93,8 @@ class _Worker:
         self.backbone = loaded(first)
         described = {"grid": dict(grid), "halving": halving, "settings": recorded(first)}
         with kept_folder(folder, resume=True):
-            prepare(first, self.backbone, self.data)
+            for number in range(len(self.configs)):
+                self._prepared(number)
             self.shared = opened(optuna, store, folder.resolve().name, described, highest=self.scored)
         self.study = self.shared.study
 
@@ -126,34 +127,41 @@ class _Worker:
         self.optuna.storages.fail_stale_trials(self.study)
 
     def _trial(self, trial: Any) -> float:
-        point = {key: trial.suggest_categorical(key, list(values)) for key, values in self.grid.items()}
-        config = self.configs[self.points.index(point)]
-        kept, told = checkpoint.path_of(config.output), ", ".join(f"{key} {value}" for key, value in point.items())
-        self.listener.on_message(f"trial {self.points.index(point)}: {told}")
-        prepared = prepare(config, self.backbone, self.data)
-        known = self.study.trials[trial.number]
-        resume = kept.exists() and ("failed_trial" in known.system_attrs or "left" in known.user_attrs)
         try:
-            reporting = _Reporting(trial, prepared, self.halving, self.optuna, self.listener)
+            return self._trained(trial)
+        except (self.optuna.TrialPruned, self.optuna.exceptions.UpdateFinishedTrialError):
+            raise
+        except (KeyboardInterrupt, InputError):
+            # A later start goes on with it, however often somebody stops: that is no worker that died.
+            self.shared.leave(trial.number)
+            raise
+        except BaseException:
+            self.shared.again(trial.number)
+            raise
+
+    def _trained(self, trial: Any) -> float:
+        point = {key: trial.suggest_categorical(key, list(values)) for key, values in self.grid.items()}
+        number, told = self.points.index(point), ", ".join(f"{key} {value}" for key, value in point.items())
+        self.listener.on_message(f"trial {number}: {told}")
+        known, kept = self.study.trials[trial.number], checkpoint.path_of(self.configs[number].output)
+        if not (again := "failed_trial" in known.system_attrs or "left" in known.user_attrs):
+            kept.unlink(missing_ok=True)
+        prepared, resume = self._prepared(number), again and kept.exists()
+        reporting = _Reporting(trial, prepared, self.halving, self.optuna, self.listener)
+        try:
             metrics = dict(loop.complete(prepared, resume=resume, listener=reporting).manifest.provenance.metrics)
         except self.optuna.TrialPruned:
             kept.unlink(missing_ok=True)
-            raise
-        except self.optuna.exceptions.UpdateFinishedTrialError:
             raise
         except loop.DivergenceError as error:
             self.listener.on_message(str(error))
             kept.unlink(missing_ok=True)
             return math.nan
-        except (KeyboardInterrupt, InputError):
-            # A later start goes on with it, however often somebody stops: that is no worker that died.
-            self.study.enqueue_trial(dict(point), user_attrs={"left": True})
-            raise
-        except BaseException:
-            self.shared.again(trial.number)
-            raise
         trial.set_user_attr("metrics", metrics)
         return metrics.get("validation_score" if self.scored else "validation_loss", math.nan)
+
+    def _prepared(self, number: int) -> Prepared:
+        return prepare(self.configs[number], self.backbone, self.data)
 
     def write(self) -> list[dict[str, Any]]:
         """Write how the trials stand, and the best of them; all workers come to the same."""

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from prefixkit.cli import run
-from prefixkit.errors import ConfigError
+from prefixkit.errors import ConfigError, DataError
 from prefixkit.training import loop, shared_store, study
 from prefixkit.training.grid import configs
+from prefixkit.training.preparation import prepare
 from prefixkit.training.progress import Silence, Step
 from prefixkit.training.sweep import BEST, sweep
 from prefixkit.training.trials import RESULTS
@@ -150,6 +151,35 @@ def test_what_cannot_be_shared_is_refused(
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert run(["sweep", "--grid", "seed=0", "--study", store, "-o", str(out)]) == 2
     assert "expected Optuna; found none; pip install 'prefixkit[optuna]'" in capsys.readouterr().err
+
+
+def test_every_trial_is_checked_before_the_first(asked: dict[str, Any], store: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--length: expected a prefix shorter than the context"):
+        study.work(asked, {"method.length": [2, 100000]}, tmp_path / "out", store)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.db"))
+
+
+@pytest.mark.parametrize("stops", [DataError("records", expected="a file"), KeyboardInterrupt(), RuntimeError()])
+def test_a_trial_whose_preparation_stops_is_begun_again(
+    asked: dict[str, Any], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: BaseException
+) -> None:
+    calls = []
+
+    def third(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise stops
+        return prepare(*given)
+
+    grid, out = {"seed": [0, 1]}, tmp_path / "out"
+    monkeypatch.setattr(study, "prepare", third)
+    out.mkdir()
+    (out / "000.safetensors.checkpoint").write_text("of something else")
+    with pytest.raises(type(stops)):
+        study.work(asked, grid, out, store)
+    assert states(store) == ["FAIL", "WAITING"]
+    assert [trial["status"] for trial in study.work(asked, grid, out, store)] == ["finished"] * 2
 
 
 class Leaves(Silence):
