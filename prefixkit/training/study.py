@@ -21,6 +21,7 @@ from prefixkit.training import checkpoint, loop
 from prefixkit.training.config import recorded
 from prefixkit.training.examples import Data
 from prefixkit.training.grid import configs, points
+from prefixkit.training.interruption import between_steps
 from prefixkit.training.preparation import Prepared, loaded, prepare
 from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step, Validation
@@ -62,11 +63,13 @@ def work(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         worker = _Worker(optuna, settings, grid, Path(output), store, halving, listener or Silence())
         try:
-            while (free := worker.free()) is not None:
-                if free:
-                    worker.take()
-                else:
-                    worker.look()
+            with between_steps(worker.listener.on_message) as check:
+                while (free := worker.free()) is not None:
+                    check()
+                    if free:
+                        worker.take()
+                    else:
+                        worker.look()
             return worker.write()
         finally:
             worker.shared.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -180,6 +181,25 @@ def test_a_trial_whose_preparation_stops_is_begun_again(
         study.work(asked, grid, out, store)
     assert states(store) == ["FAIL", "WAITING"]
     assert [trial["status"] for trial in study.work(asked, grid, out, store)] == ["finished"] * 2
+
+
+class Ends(Silence):
+    """Asks to end in the last step of a trial."""
+
+    def on_step(self, step: Step) -> None:
+        if step.step == step.total:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_step_ends_the_worker_behind_the_trial(
+    asked: dict[str, Any], store: str, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        study.work({**asked, "steps": 2}, {"seed": [0, 1]}, tmp_path / "out", store, listener=Ends())
+    assert states(store) == ["COMPLETE"]
+    assert json.loads((tmp_path / "out" / RESULTS).read_text())["best"] is not None
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Leaves(Silence):
