@@ -72,26 +72,27 @@ def sweep(
     refuse_several("a sweep", "start it on each machine with --study instead")
     folder, listener = Path(output), listener or Quiet()
     made = configs(settings, grid, folder)
-    earlier = trials.read(folder, grid) if resume else []
+    earlier = trials.read(folder, grid, halving) if resume else None
     with kept_folder(folder, resume):
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
         with _within_memory():
             _warm_up(found, listener)
-    for trial, known in zip(found, earlier, strict=False):
-        trials.resume(trial, known)
+    if earlier is not None:
+        for trial, known in zip(found, earlier, strict=True):
+            trials.resume(trial, known)
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
         with between_steps(listener.on_message) as check, _within_memory():
-            _run(found, halving, listener, check, lambda: trials.write(folder, grid, found))
+            _run(found, halving, listener, check, lambda: trials.write(folder, grid, halving, found))
     except AtOnce:
         raise
     except (KeyboardInterrupt, OutOfMemoryError):
         for trial in _running(found):
             checkpoint.save(trial.prepared, trial.optimizer, trial.state)
-        trials.write(folder, grid, found)
+        trials.write(folder, grid, halving, found)
         listener.on_message(f"stopped; --resume goes on from {folder}")
         raise
     if memory_digest(model) != frozen:

@@ -18,12 +18,13 @@ from prefixkit.training import checkpoint, loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data
-from prefixkit.training.grid import Point
+from prefixkit.training.grid import Point, points
 from prefixkit.training.preparation import prepare
 from prefixkit.training.progress import Listener, Silence, Validation
 from prefixkit.training.side_by_side import Run, can_share
 
 RESULTS = "sweep.json"
+_STATUSES = ("running", "finished", "diverged", "dropped")
 
 
 @dataclass
@@ -123,32 +124,65 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     return min(ended, key=lambda trial: trial.score, default=None)
 
 
-def write(folder: Path, grid: Mapping[str, Sequence[Any]], trials: Sequence[Trial]) -> None:
+def write(folder: Path, grid: Mapping[str, Sequence[Any]], halving: bool, trials: Sequence[Trial]) -> None:
     """Write the file of results; the best of the trials that ended is named."""
     best = best_of(trials)
     stored = {
         "version": 1,
         "grid": {key: list(values) for key, values in grid.items()},
+        "halving": halving,
         "best": None if best is None else best.number,
         "trials": [trial.record() for trial in trials],
     }
     write_bytes(folder / RESULTS, (json.dumps(stored, indent=1) + "\n").encode())
 
 
-def read(folder: Path, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def read(folder: Path, grid: Mapping[str, Sequence[Any]], halving: bool) -> list[dict[str, Any]]:
     """How the trials of an earlier sweep stand.
 
     Raises:
-        ConfigError: no file of results, an unreadable one, or one of another grid.
+        ConfigError: no file of results, an unreadable or damaged one, or one of another grid, with halving or without.
     """
-    path, step = folder / RESULTS, "start without --resume"
+    path = folder / RESULTS
+    stored = _stored(path)
+    # Files without `halving` are older, and of either kind.
+    for key, value in {"grid": {key: list(values) for key, values in grid.items()}, "halving": halving}.items():
+        if (known := stored.get(key, value)) != value:
+            step = f"give the same {key}, or another --output"
+            raise ConfigError(path, expected=f"the {key} {known}", found=str(value), next_step=step)
+    return _judged(path, points(grid), stored.get("trials"))
+
+
+def _stored(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        trials: list[dict[str, Any]] = stored["trials"]
     except FileNotFoundError as error:
+        step = "start without --resume"
         raise ConfigError(path, expected="a sweep to resume", found="none", next_step=step) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(path, expected="the results of a sweep", found=str(error), next_step=step) from error
-    if stored["grid"] != {key: list(values) for key, values in grid.items()}:
-        raise ConfigError(path, expected=f"the grid {stored['grid']}", found=str(dict(grid)), next_step=step)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(stored, dict) or "grid" not in stored:
+        raise _damaged(path, "no grid")
+    return stored
+
+
+def _judged(path: Path, known: Sequence[Point], trials: Any) -> list[dict[str, Any]]:
+    """What a file says of each trial. Raises ConfigError unless all of them are there, each in a state that can be."""
+    if not isinstance(trials, list) or len(trials) != len(known):
+        raise _damaged(path, f"{len(trials) if isinstance(trials, list) else 'none'} of {len(known)} trials")
+    # Halved until one is left.
+    highest = {"steps": math.inf, "best_step": math.inf, "doublings": (len(known) - 1).bit_length()}
+    for number, (point, trial) in enumerate(zip(known, trials, strict=True)):
+        if not isinstance(trial, dict) or trial.get("settings") != point:
+            raise _damaged(path, f"no trial {number} of {dict(point)}")
+        if (status := trial.get("status")) not in _STATUSES:
+            raise _damaged(path, f"the status {status!r} of trial {number}")
+        for key, most in highest.items():
+            if type(value := trial.get(key)) is not int or not 0 <= value <= most:
+                raise _damaged(path, f"the {key} {value!r} of trial {number}")
     return trials
+
+
+def _damaged(path: Path, found: str) -> ConfigError:
+    step = "start anew with another --output"
+    return ConfigError(path, expected="the results of a sweep", found=found, next_step=step)

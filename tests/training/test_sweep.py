@@ -167,6 +167,46 @@ def test_what_cannot_be_swept_is_refused(asked: dict[str, Any], tmp_path: Path) 
         sweep(asked, GRID, tmp_path / "d", resume=True)
 
 
+TRIAL = {"settings": {"seed": 0}, "status": "finished", "steps": 1, "best_step": 1, "doublings": 0}
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ([], "no grid"),
+        ({"trials": [TRIAL]}, "no grid"),
+        ({"grid": {"seed": [0]}}, "none of 1 trials"),
+        ({"grid": {"seed": [0]}, "trials": []}, "0 of 1 trials"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL, TRIAL]}, "2 of 1 trials"),
+        ({"grid": {"seed": [0]}, "trials": [{}]}, "no trial 0 of {'seed': 0}"),
+        ({"grid": {"seed": [0]}, "trials": [None]}, "no trial 0 of {'seed': 0}"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"settings": {"seed": 1}}]}, "no trial 0 of {'seed': 0}"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"status": "odd"}]}, "the status 'odd' of trial 0"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"doublings": 1}]}, "the doublings 1 of trial 0"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"doublings": True}]}, "the doublings True of trial 0"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"steps": -1}]}, "the steps -1 of trial 0"),
+        ({"grid": {"seed": [0]}, "trials": [TRIAL | {"best_step": "x"}]}, "the best_step 'x' of trial 0"),
+    ],
+)
+def test_a_damaged_table_is_refused(asked: dict[str, Any], tmp_path: Path, stored: Any, told: str) -> None:
+    (tmp_path / RESULTS).write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=f"{RESULTS}: expected the results of a sweep; found {told}.*; start anew"):
+        sweep(asked, {"seed": [0]}, tmp_path, resume=True)
+
+
+def test_a_sweep_goes_on_with_halving_as_it_began(asked: dict[str, Any], tmp_path: Path) -> None:
+    asked, grid = {**asked, "steps": 4}, {"seed": [0, 1]}
+    for halving in (True, False):
+        folder = tmp_path / str(halving)
+        sweep(asked, grid, folder, halving=halving)
+        with pytest.raises(ConfigError, match=f"expected the halving {halving}; found {not halving}; give the same"):
+            sweep(asked, grid, folder, halving=not halving, resume=True)
+    stored = json.loads((folder / RESULTS).read_text())
+    (folder / RESULTS).write_text(json.dumps({key: value for key, value in stored.items() if key != "halving"}))
+    found = sweep(asked, grid, folder, resume=True)
+    assert [trial.status for trial in found] == ["finished"] * 2
+
+
 @pytest.mark.parametrize("key", ["compile", "layout", "shard"])
 def test_how_a_sweep_is_computed_is_one_for_all(key: str) -> None:
     with pytest.raises(ConfigError, match=f"--grid: expected {key} to be that of all runs"):
