@@ -101,7 +101,8 @@ def _print_study(output: Path, as_json: bool) -> None:
         return
     for trial in stored["trials"]:
         told = ", ".join(f"{key} {value}" for key, value in trial["settings"].items())
-        loss = f"validation loss {trial['validation_loss']:.4f}" if trial["output"] else trial["status"]
-        typer.echo(f"trial {trial['trial']}: {told}; {loss}")
+        loss = trial["validation_loss"]
+        ended = trial["status"] if loss is None else f"validation loss {loss:.4f}"
+        typer.echo(f"trial {trial['trial']}: {told}; {ended}")
     if stored["best"] is not None:
         typer.echo(f"wrote {output / BEST} (trial {stored['best']})")

@@ -7,7 +7,6 @@ halving (Li et al. 2018, arXiv 1810.05934) drops trials.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -27,7 +26,7 @@ from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 from prefixkit.training.shared_store import engine, opened
 from prefixkit.training.sweep import BEST, kept_folder
-from prefixkit.training.trials import RESULTS
+from prefixkit.training.trials import best_row, row, write
 
 _POLL = 2.0
 """Seconds between two looks at what others do."""
@@ -171,15 +170,12 @@ class _Worker:
         complete = self.optuna.trial.TrialState.COMPLETE
         tried = sorted(self.study.get_trials(), key=lambda trial: (trial.state == complete, trial.number))
         last = {number: trial for trial in tried if (number := self._number(trial)) is not None}
-        trials = [self._record(number, last[number]) for number in sorted(last)]
-        ended = [trial for trial in trials if trial["status"] == "finished"]
-        best = min(ended, key=self._rank, default=None)
+        rows = [self._record(number, last[number]) for number in sorted(last)]
+        best = best_row(rows)
         if best is not None:
             write_bytes(self.folder / BEST, self._written(best["output"]))
-        number = None if best is None else best["trial"]
-        stored = {"version": 1, "grid": {**self.grid}, "best": number, "trials": trials}
-        write_bytes(self.folder / RESULTS, (json.dumps(stored, indent=1) + "\n").encode())
-        return trials
+        write(self.folder, self.grid, self.halving, rows)
+        return rows
 
     def _written(self, name: str) -> bytes:
         try:
@@ -192,19 +188,16 @@ class _Worker:
 
     def _record(self, number: int, trial: Any) -> dict[str, Any]:
         metrics, status = trial.user_attrs.get("metrics", {}), _STATUS[trial.state.name]
-        scored = {"validation_score": metrics.get("validation_score")} if self.scored else {}
-        return {
-            "trial": number,
-            "settings": dict(self.points[number]),
-            "status": status,
-            "best_step": metrics.get("steps"),
-            "validation_loss": metrics.get("validation_loss"),
-            **scored,
-            "output": f"{number:03}.safetensors" if status == "finished" else None,
-        }
-
-    def _rank(self, record: Mapping[str, Any]) -> tuple[float, float]:
-        return (-record.get("validation_score", 0.0), record["validation_loss"])
+        return row(
+            number,
+            self.points[number],
+            status,
+            steps=trial.user_attrs.get("steps", 0),
+            best_step=int(metrics.get("steps", 0)),
+            loss=metrics.get("validation_loss"),
+            score=metrics.get("validation_score", 0.0) if self.scored else None,
+            written=status == "finished",
+        )
 
 
 class _Reporting(Silence):
@@ -226,6 +219,7 @@ class _Reporting(Silence):
         self.listener.on_validation(validation)
         every = loop.validation_interval(self.prepared)
         value = validation.loss if validation.score is None else validation.score
+        self.trial.set_user_attr("steps", validation.step)
         self.trial.report(value, -(-validation.step // every))
         if self.halving and validation.step < self.prepared.total_steps and self.trial.should_prune():
             raise self.optuna.TrialPruned

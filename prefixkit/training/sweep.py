@@ -82,17 +82,21 @@ def sweep(
     if earlier is not None:
         for trial, known in zip(found, earlier, strict=True):
             trials.resume(trial, known)
+
+    def keep() -> None:
+        trials.write(folder, grid, halving, [trial.record() for trial in found])
+
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
         with between_steps(listener.on_message) as check, _within_memory():
-            _run(found, halving, listener, check, lambda: trials.write(folder, grid, halving, found))
+            _run(found, halving, listener, check, keep)
     except AtOnce:
         raise
     except (KeyboardInterrupt, OutOfMemoryError):
         for trial in _running(found):
             checkpoint.save(trial.prepared, trial.optimizer, trial.state)
-        trials.write(folder, grid, halving, found)
+        keep()
         listener.on_message(f"stopped; --resume goes on from {folder}")
         raise
     if memory_digest(model) != frozen:

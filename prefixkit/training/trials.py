@@ -63,17 +63,17 @@ class Trial(Run):
         """What the file of results says of it."""
         state, known = self.state, math.isfinite(self.state.best_loss)
         scored = self.prepared.config.evaluation.metric == "score"
-        return {
-            "trial": self.number,
-            "settings": dict(self.point),
-            "status": self.status,
-            "steps": state.step,
-            "best_step": state.best_step,
-            "validation_loss": state.best_loss if known else None,
-            **({"validation_score": state.best_score} if scored else {}),
-            "doublings": self.doublings,
-            "output": Path(self.prepared.config.output).name if self.status in ("finished", "dropped") else None,
-        }
+        return row(
+            self.number,
+            self.point,
+            self.status,
+            steps=state.step,
+            best_step=state.best_step,
+            loss=state.best_loss if known else None,
+            score=state.best_score if scored else None,
+            doublings=self.doublings,
+            written=self.status in ("finished", "dropped"),
+        )
 
     def finish(self, status: str) -> None:
         """Write its prefix, and forget the state that it would have gone on from."""
@@ -124,15 +124,51 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     return min(ended, key=lambda trial: trial.score, default=None)
 
 
-def write(folder: Path, grid: Mapping[str, Sequence[Any]], halving: bool, trials: Sequence[Trial]) -> None:
+def row(
+    number: int,
+    point: Point,
+    status: str,
+    *,
+    steps: int,
+    best_step: int,
+    loss: float | None,
+    score: float | None,
+    doublings: int = 0,
+    written: bool,
+) -> dict[str, Any]:
+    """What the file of results says of a trial; `score` is there where it decides, the output where it is `written`."""
+    return {
+        "trial": number,
+        "settings": dict(point),
+        "status": status,
+        "steps": steps,
+        "best_step": best_step,
+        "validation_loss": loss,
+        **({} if score is None else {"validation_score": score}),
+        "doublings": doublings,
+        "output": f"{number:03}.safetensors" if written else None,
+    }
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """`best_of` for what the file of results says."""
+
+    def rank(one: Mapping[str, Any]) -> tuple[float, float]:
+        loss = one["validation_loss"]
+        return -one.get("validation_score", 0.0), math.inf if loss is None else loss
+
+    return min((one for one in rows if one["status"] == "finished"), key=rank, default=None)
+
+
+def write(folder: Path, grid: Mapping[str, Sequence[Any]], halving: bool, rows: Sequence[dict[str, Any]]) -> None:
     """Write the file of results; the best of the trials that ended is named."""
-    best = best_of(trials)
+    best = best_row(rows)
     stored = {
         "version": 1,
         "grid": {key: list(values) for key, values in grid.items()},
         "halving": halving,
-        "best": None if best is None else best.number,
-        "trials": [trial.record() for trial in trials],
+        "best": None if best is None else best["trial"],
+        "trials": rows,
     }
     write_bytes(folder / RESULTS, (json.dumps(stored, indent=1) + "\n").encode())
 

@@ -91,6 +91,9 @@ def test_two_workers_share_the_trials(asked: dict[str, Any], store: str, tmp_pat
     assert states(store).count("COMPLETE") == len(states(store)) >= 4
     alone = sweep(asked, GRID, tmp_path / "alone")
     losses = [trial.state.best_loss for trial in alone]
+    for trial, other in zip(first["trials"], alone, strict=True):
+        row = other.record()
+        assert {**row, "validation_loss": trial["validation_loss"]} == trial
     assert [trial["validation_loss"] for trial in first["trials"]] == pytest.approx(losses, rel=1e-4)
     assert (out / BEST).read_bytes() == (out / f"{losses.index(min(losses)):03}.safetensors").read_bytes()
 
