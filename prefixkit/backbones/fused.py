@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-_WRITTEN_OUT = (NewGELUActivation, FastGELUActivation)
+WRITTEN_OUT = (NewGELUActivation, FastGELUActivation)
+"""Their modules."""
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
     """Put the fused form in the place of the one written out, in every module of `model`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _WRITTEN_OUT):
+            if isinstance(child, WRITTEN_OUT):
                 setattr(module, name, nn.GELU(approximate="tanh"))

@@ -1,6 +1,6 @@
 """Operators that a graph is to have whole, in the place of the pieces that `transformers` writes them in.
 
-RMSNormalization and RotaryEmbedding of opset 23 are put in while a model is traced, wherever they are seen to compute
+Gelu, RMSNormalization and RotaryEmbedding are put in while a model is traced, wherever they are seen to compute
 what the model's own code computes; a pattern that is looked for in the finished graph is missed in half precision.
 Attention that rotates by itself asks what a tensor was before.
 """
@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from onnxscript.values import Opset
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prefixkit.backbones import own_forward
+from prefixkit.backbones.fused import WRITTEN_OUT
 
 _OP = Opset("", 24)
 _CLOSE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -93,6 +96,8 @@ def emitted(model: PreTrainedModel) -> Iterator[None]:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 stack.enter_context(_norm(module))
+            elif isinstance(module, WRITTEN_OUT):
+                stack.enter_context(_gelu(module))
         for file in {sys.modules[type(module).__module__] for module in model.modules()}:
             if hasattr(file, _ROTATE):
                 stack.enter_context(_rotation(file, model.dtype))
@@ -118,6 +123,15 @@ def _norm(module: nn.Module) -> Iterator[None]:
         if _equal(rms_norm(probe, scale, eps), expected):
             own_forward.give(module, lambda states, scale=scale: rms_norm(states, scale, eps))
             break
+    try:
+        yield
+    finally:
+        own_forward.take_away(module)
+
+
+@contextmanager
+def _gelu(module: nn.Module) -> Iterator[None]:
+    own_forward.give(module, partial(F.gelu, approximate="tanh"))
     try:
         yield
     finally:
