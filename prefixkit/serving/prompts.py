@@ -9,7 +9,17 @@ from dataclasses import replace
 from prefixkit.errors import InputError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.serving.report import ExportedFolder
-from prefixkit.task import Fields, ModelTokenizer, check_task, encode_prompt, input_fields, load_task, stop_ids
+from prefixkit.task import (
+    Fields,
+    ModelTokenizer,
+    check_task,
+    encode_prompt,
+    input_fields,
+    load_task,
+    render_chat,
+    stop_ids,
+)
+from prefixkit.task.chat import Message
 from prefixkit.task.encode import is_chat
 
 DEFAULT_NEW_TOKENS = 128
@@ -20,22 +30,28 @@ UNBOUNDED = 2**31
 
 
 def encode(
-    task: TaskRecord, tokenizer: ModelTokenizer, given: str | Fields | tuple[int, ...], where: str
+    task: TaskRecord,
+    tokenizer: ModelTokenizer,
+    given: str | Fields | tuple[int, ...],
+    where: str,
+    most: int = UNBOUNDED,
 ) -> tuple[list[int], Sequence[int]]:
     """The token ids of a whole prompt, however long, and of the tokens that end its answer.
 
     Args:
         given: the task's fields by name; or as text: its only field, a chat's user message, several fields as JSON; or
             token ids, which are taken as they are.
+        most: tokens that there is room for. A text that surely has more is refused before it is tokenised.
 
     Raises:
-        InputError: other fields than the task's, or an empty prompt.
+        InputError: other fields than the task's, an empty prompt, or a text that is far too long.
     """
     check_task(task, tokenizer)
     if isinstance(given, tuple):
         ids = list(given)
     else:
         fields = _fields(task, given, where) if isinstance(given, str) else given
+        _refuse_hopeless(task, tokenizer, fields, most, where)
         ids = encode_prompt(replace(task, max_length=UNBOUNDED), tokenizer, fields, where=where)
     if not ids:
         raise InputError(where, expected="at least one token", found="none", next_step="give some text")
@@ -109,6 +125,24 @@ def refuse_unknown(ids: Sequence[int], vocabulary: int, where: str) -> None:
     unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
     if unknown is not None:
         raise InputError(where, expected=f"token ids from 0 to {vocabulary - 1}", found=f"{unknown}")
+
+
+def _refuse_hopeless(task: TaskRecord, tokenizer: ModelTokenizer, fields: Fields, most: int, where: str) -> None:
+    """Raise InputError for a text that has more than `most` tokens whatever it says."""
+    text = "".join(map(_written, fields.values()))
+    if is_chat(task) and tokenizer.surely_more(text, most):
+        # A template may leave out some of what it is given.
+        (given,) = fields.values()
+        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+        text = render_chat(tokenizer, messages, where=where).removeprefix(tokenizer.bos or "")
+    if tokenizer.surely_more(text, most):
+        found = f"a text of {len(text)} characters, which has more"
+        raise InputError(where, expected=f"at most {most} tokens", found=found, next_step="shorten it")
+
+
+def _written(value: str | Sequence[Message]) -> str:
+    """A field, or all that a conversation says."""
+    return value if isinstance(value, str) else "".join(str(part) for message in value for part in message.values())
 
 
 def _fields(task: TaskRecord, text: str, where: str) -> Fields:

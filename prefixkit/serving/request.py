@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefixkit.errors import ConfigError, InputError
-from prefixkit.serving.generation import Completion
+from prefixkit.serving.generation import Completion, Prompt
 from prefixkit.serving.sampling import GREEDY, Sampling
 from prefixkit.task import Fields
 
@@ -20,7 +20,7 @@ class Request:
 
     Attributes:
         prompt: the input of the prefix's task, its text or its fields by name; or token ids, which are taken as they
-            are.
+            are; or what `Session.prompt` made of either.
         prefix: the name of a prefix; None is the bare model.
         max_new_tokens: at most; None is 128, or fewer where the context or the capacity ends.
         sampling: how tokens are chosen; the answer is the same whatever else is being written.
@@ -28,7 +28,7 @@ class Request:
         logprobs: score tokens, with so many alternatives each; None scores none.
     """
 
-    prompt: str | Fields | tuple[int, ...]
+    prompt: str | Fields | tuple[int, ...] | Prompt
     prefix: str | None = None
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY

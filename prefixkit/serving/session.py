@@ -18,6 +18,7 @@ from prefixkit.serving.pair_prefix import ServedPrefixes, served_prefixes
 from prefixkit.serving.pair_runtime import PairRuntime
 from prefixkit.serving.prefix_table import ServedPrefix, served
 from prefixkit.serving.prompts import (
+    UNBOUNDED,
     baked_start,
     encode,
     new_tokens,
@@ -156,31 +157,47 @@ class Session:
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts", expected="a list of them", found="one string")
-        names = self._names(prefix, len(prompts))
+        prefixes = self._named(prefix, len(prompts))
         rows = [
-            self._prompt(given, name, f"prompt {row}", max_new_tokens)
-            for row, (given, name) in enumerate(zip(prompts, names, strict=True), start=1)
+            self._prompt(given, before, f"prompt {row}", max_new_tokens)
+            for row, (given, before) in enumerate(zip(prompts, prefixes, strict=True), start=1)
         ]
         if isinstance(self.runtime, BufferedRuntime):
             return write_in_buffers(self.runtime, self.tokenizer, rows, sampling)
         return write(self.runtime, self.tokenizer, rows, sampling)
 
     def prompt(
-        self, given: str | Fields | tuple[int, ...], name: str | None, where: str, max_new_tokens: int | None
+        self,
+        given: str | Fields | tuple[int, ...] | Prompt,
+        name: str | None,
+        where: str,
+        max_new_tokens: int | None,
+        most: int = UNBOUNDED,
     ) -> Prompt:
         """What a model is to read and write for one input of the task of the prefix `name`, or for token ids.
+
+        One that was made before is given back. Other threads may change the prefixes meanwhile.
+
+        Args:
+            most: tokens that there is room for. A text that surely has more is refused before it is tokenised.
 
         Raises:
             InputError: an unknown prefix, a prompt that does not fit the task or leaves no room for an answer.
         """
-        return self._prompt(given, self._known(name), where, max_new_tokens)
+        if isinstance(given, Prompt):
+            return given
+        return self._prompt(given, self._found(name), where, max_new_tokens, most)
 
     def _prompt(
-        self, given: str | Fields | tuple[int, ...], name: str | None, where: str, max_new_tokens: int | None
+        self,
+        given: str | Fields | tuple[int, ...],
+        prefix: ServedPrefix | ServedPrefixes | None,
+        where: str,
+        max_new_tokens: int | None,
+        most: int = UNBOUNDED,
     ) -> Prompt:
-        prefix = self.prefixes[name] if name is not None else None
         task = self._task(prefix)
-        ids, stop = encode(task, self.tokenizer, given, where)
+        ids, stop = encode(task, self.tokenizer, given, where, min(most, self._context))
         refuse_unknown(ids, self.report.backbone.vocab_size, where)
         room = self._room(task, prefix, len(ids), max_new_tokens, where)
         return Prompt(
@@ -190,6 +207,10 @@ class Session:
             max_new_tokens=new_tokens(max_new_tokens, room, where),
             silent=spelled_ids(task, self.tokenizer),
         )
+
+    @property
+    def _context(self) -> int:
+        return self.report.backbone.context_length or UNBOUNDED
 
     def _room(
         self, task: TaskRecord, prefix: ServedPrefix | ServedPrefixes | None, tokens: int, asked: int | None, where: str
@@ -207,13 +228,15 @@ class Session:
             (prefix.task if prefix is not None else None) or exported or plain_text(self.tokenizer, paired=self._pair)
         )
 
-    def _names(self, prefix: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    def _named(
+        self, prefix: str | Sequence[str | None] | None, count: int
+    ) -> list[ServedPrefix | ServedPrefixes | None]:
         names = [prefix] * count if prefix is None or isinstance(prefix, str) else list(prefix)
         if len(names) != count:
             raise ConfigError("prefix", expected=f"one, or one for each of {count} prompts", found=f"{len(names)}")
-        return [self._known(name) for name in names]
+        return [self._found(name) for name in names]
 
-    def _known(self, name: str | None) -> str | None:
+    def _found(self, name: str | None) -> ServedPrefix | ServedPrefixes | None:
         if self.report.baked:
             if name != OWN:
                 found = "a graph with its prefix inside"
@@ -221,10 +244,9 @@ class Session:
                     "prefix", expected="a graph that takes prefixes", found=found, next_step="export without --baked"
                 )
             return None
-        if name is None or name in self.prefixes:
-            return name
-        if name == OWN:
-            return None
+        prefix = self.prefixes.get(name) if name is not None else None
+        if prefix is not None or name is None or name == OWN:
+            return prefix
         raise ConfigError(
             "prefix", expected="the name of one", found=repr(name), next_step=did_you_mean(name, list(self.prefixes))
         )

@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from prefixkit.errors import BackboneError
 from prefixkit.task.template import SLOT_MARK
+from prefixkit.task.token_bytes import most_bytes
 
 SLOT_ID = -1
 """The id of a slot among token ids: a prompt's vector stands there."""
+_LONG = 10_000
+"""Characters that take milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class ModelTokenizer:
 
         Tokens that a tokenizer adds without calling them special, such as `<think>`, are recognised as ever.
         """
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return list(_encoded(self.backend, text).ids)
 
     def encode_marked(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """The ids of `(text, trusted)` parts; special tokens are recognised in trusted text only, and slots.
@@ -117,7 +120,12 @@ class ModelTokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a chat template's output: special tokens are recognised wherever they stand."""
-        return list(self._recognising.encode(text, add_special_tokens=False).ids)
+        return list(_encoded(self._recognising, text).ids)
+
+    def surely_more(self, text: str, tokens: int) -> bool:
+        """Whether `text` has more than so many tokens, whatever it says; False where only tokenising it can tell."""
+        size = len(text.encode("utf-8", "surrogatepass"))
+        return size > tokens and self._most_bytes is not None and size > tokens * self._most_bytes
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens spelled out."""
@@ -127,6 +135,10 @@ class ModelTokenizer:
     def special_ids(self) -> dict[str, int]:
         """The id of every special token, by its spelling."""
         return {token.content: id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _most_bytes(self) -> int | None:
+        return most_bytes(self.backend)
 
     @cached_property
     def _marks(self) -> dict[str, int]:
@@ -141,6 +153,13 @@ class ModelTokenizer:
     def _recognising(self) -> Tokenizer:
         # A second tokenizer, because the switch belongs to the backend and other threads may be encoding user text.
         return Tokenizer.from_str(self.backend.to_str())
+
+
+def _encoded(backend: Tokenizer, text: str) -> Encoding:
+    """`text` tokenised; while a long one is, other threads go on, for only a batch releases the GIL."""
+    if len(text) < _LONG:
+        return backend.encode(text, add_special_tokens=False)
+    return backend.encode_batch([text], add_special_tokens=False)[0]
 
 
 def load_tokenizer(folder: str | Path) -> ModelTokenizer:

@@ -46,6 +46,7 @@ def application(
     """
     service = Service(
         session=engine.session,
+        capacity=engine.capacity,
         worker=Worker(engine),
         catalogue=Catalogue(engine.session.report, engine.session.tokenizer),
         limits=limits or Limits(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +19,9 @@ from prefixkit.serving.http.errors import ApiError
 from prefixkit.serving.http.parameters import Parameters
 from prefixkit.serving.http.replies import Reply
 from prefixkit.serving.http.service import service_of
+from prefixkit.serving.prompts import encode
 from prefixkit.serving.request import Progress, TokenScore
-from prefixkit.task import Fields, encode_prompt
+from prefixkit.task import Fields
 
 _BROKEN = "\ufffd"
 
@@ -38,7 +40,9 @@ async def chat(request: Request) -> Response:
     prompt: Fields | tuple[int, ...] = fields
     if model.task is None:
         # The engine takes a text for a model without a task as it stands: it is given the ids, and what ends a turn.
-        prompt = tuple(encode_prompt(conversation, service.session.tokenizer, fields, where="messages"))
+        # Beside the event loop, as it may be long.
+        known = conversation, service.session.tokenizer, fields, "messages", service.capacity
+        prompt = tuple((await asyncio.to_thread(encode, *known))[0])
         asked = replace(asked, stop=(*asked.stop, *conversation.stop))
     return await Reply(service, _ChatForm(), asked).respond(request, asked.requests([prompt]))
 

@@ -18,6 +18,7 @@ from prefixkit.serving.delivery import Answers
 from prefixkit.serving.generation import Completion
 from prefixkit.serving.http.asked import Asked
 from prefixkit.serving.http.errors import CLIENT_GONE, ApiError, told
+from prefixkit.serving.http.long_texts import tokenised
 from prefixkit.serving.http.metrics import Stopwatch
 from prefixkit.serving.http.service import Service
 from prefixkit.serving.request import Progress, Request, TokenScore
@@ -72,7 +73,7 @@ class Reply:
             InputError, EngineError: as `Worker.submit` does.
             ApiError: the client has gone. TimeoutError: it took too long.
         """
-        answers = await self._service.worker.submit(requests)
+        answers = await self._service.worker.submit(await tokenised(self._service, requests))
         if self._asked.stream:
             return _EventStream(self._events(answers, len(requests)), lambda: self._close(answers))
         try:

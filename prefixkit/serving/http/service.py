@@ -19,7 +19,9 @@ class Service:
     """One server.
 
     Attributes:
-        session: of the worker's engine, for what never changes; the rest belongs to the worker's thread.
+        session: of the worker's engine, for what never changes and for prompts of long texts; the rest belongs to the
+            worker's thread.
+        capacity: slots of a row of the engine.
         api_key: what requests must show; None where they need not.
         local: whether requests must call this machine by a name of its own.
         draining: whether it finishes what it has and takes nothing new.
@@ -27,6 +29,7 @@ class Service:
     """
 
     session: Session
+    capacity: int
     worker: Worker
     catalogue: Catalogue
     limits: Limits
