@@ -125,7 +125,13 @@ def _stamps(folder: Path) -> dict[str, _Stamp]:
     found = {}
     for path in folder.iterdir():
         if path.suffix == ".safetensors" and not path.name.startswith("."):
-            with suppress(FileNotFoundError):
+            try:
                 status = path.stat()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                # Such as a link to itself: the one file is refused when it is read.
+                found[path.stem] = 0, 0, 0
+            else:
                 found[path.stem] = status.st_mtime_ns, status.st_size, status.st_ino
     return found

@@ -238,6 +238,30 @@ def test_a_fault_with_one_file_leaves_the_others(
     assert caplog.text.count("one.safetensors is refused") == 1
 
 
+def test_a_link_to_itself_is_refused_and_the_others_go_on(
+    session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    save(prefix(), tmp_path / "one.safetensors")
+    (tmp_path / "below.safetensors").symlink_to(tmp_path / "one.safetensors" / "x")
+
+    async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
+        for _ in range(2):
+            await folder.look()
+        assert names(session, catalogue) == ["own", "one"]
+        save(prefix(), tmp_path / "two.safetensors")
+        await folder.look()
+        assert names(session, catalogue) == ["own", "one", "two"]
+        (tmp_path / "loop.safetensors").unlink()
+        save(prefix(), tmp_path / "loop.safetensors")
+        await folder.look()
+        assert names(session, catalogue) == ["own", "one", "two", "loop"]
+
+    looking(session, tmp_path, use)
+    refused = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert [one.partition(" ")[0] for one in refused] == ["below.safetensors", "loop.safetensors"]
+
+
 def test_a_running_server_takes_changes_in(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefixkit.serving.http.prefix_folder.SECONDS", 0.01)
     asked = {"model": "new", "prompt": "x", "max_tokens": 1}
