@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefixkit.errors import ConfigError, MismatchError
 from prefixkit.format.digest import tokenizer_hash
-from prefixkit.format.manifest import TaskRecord
+from prefixkit.format.manifest import Manifest, TaskRecord
 from prefixkit.prefix import Prefix, load, matches
 from prefixkit.serving.batching import write_in_buffers
 from prefixkit.serving.buffered_runtime import BufferedRuntime
@@ -98,10 +98,14 @@ class Session:
                 str(self.report.folder), expected="a graph that takes prefixes", found="a baked one", next_step=step
             )
         loaded = prefix if isinstance(prefix, Prefix) else load(prefix)
-        own = self.report.prefix is not None and loaded.manifest.content == self.report.prefix.content
-        # The folder's own prefix was checked when it was exported.
-        matches(loaded, self.report.backbone, allow_mismatch=allow_mismatch or own)
+        self.check(loaded.manifest, allow_mismatch=allow_mismatch)
         self.prefixes[name] = self._served(name, loaded)
+
+    def check(self, manifest: Manifest, *, allow_mismatch: bool = False) -> None:
+        """Raise MismatchError for a prefix that was made for another backbone, by what its file says of itself."""
+        own = self.report.prefix is not None and manifest.content == self.report.prefix.content
+        # The folder's own prefix was checked when it was exported.
+        matches(Prefix(manifest, {}), self.report.backbone, allow_mismatch=allow_mismatch or own)
 
     def drop_prefix(self, name: str) -> None:
         """Forget a prefix; texts that are being written behind it go on. Raises ConfigError for an unknown one."""

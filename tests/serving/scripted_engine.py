@@ -26,6 +26,7 @@ class ScriptedEngine:
         self.session = session or SimpleNamespace(prefixes={})
         self.rows, self.most_waiting, self.capacity = rows, waiting, 64
         self.seconds, self.failures = 0.001, 0
+        self.shared: str | None = None
         self.asked: list[Request] = []
         self.cancelled: list[int] = []
         self._waiting: deque[int] = deque()

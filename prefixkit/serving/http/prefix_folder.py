@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from prefixkit.errors import PrefixkitError
+from prefixkit.errors import ConfigError, PrefixkitError
+from prefixkit.format.manifest import parse
+from prefixkit.format.stored import read_stored, refuse
 from prefixkit.prefix import Prefix, load
 from prefixkit.serving.delivery import EngineError
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.http.catalogue import Catalogue, length_of
+from prefixkit.serving.session import Session
 from prefixkit.serving.worker import Worker
 
 SECONDS = 1.0
@@ -81,8 +84,9 @@ class PrefixFolder:
         known = name in self._served
         try:
             self._catalogue.check(name)
-            prefix = await asyncio.to_thread(load, path)
-            capacity = await self._worker.call(lambda engine: _add(engine, name, prefix))
+            session, slots = await self._worker.call(lambda engine: (engine.session, _slots(engine, name)))
+            prefix = await asyncio.to_thread(_read, path, session, slots)
+            await self._worker.call(lambda engine: engine.session.add_prefix(name, prefix))
         except EngineError:
             raise
         except (PrefixkitError, OSError) as error:
@@ -95,9 +99,6 @@ class PrefixFolder:
         self._served.add(name)
         self._catalogue.add(name, prefix.manifest)
         _log.info("prefix %s %s", name, "replaced" if known else "added")
-        if (length := length_of(prefix.manifest)) >= capacity:
-            told = "prefix %s has %d slots, and a row %d: every request is refused; start with a larger --capacity"
-            _log.warning(told, name, length, capacity)
 
     async def _drop(self, name: str) -> None:
         del self._seen[name]
@@ -114,10 +115,25 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-def _add(engine: Engine, name: str, prefix: Prefix) -> int:
-    """Gives the slots that a row has."""
-    engine.session.add_prefix(name, prefix)
-    return engine.capacity
+def _slots(engine: Engine, name: str) -> int | None:
+    """The slots of the rows that the prefix `name` is copied into; None for the shared one, which is in none."""
+    return None if name == engine.shared else engine.capacity
+
+
+def _read(path: Path, session: Session, slots: int | None) -> Prefix:
+    """The prefix at `path`, which is not read to the end where its header says that it cannot be served.
+
+    Raises:
+        InputError: a damaged file, another backbone's prefix, or one that leaves no room in a row of `slots`.
+    """
+    stored = read_stored(path)
+    refuse(path, stored.problems)
+    manifest = parse(stored.document)
+    session.check(manifest)
+    if slots is not None and (length := length_of(manifest)) >= slots:
+        expected, step = f"a prefix that leaves room in a row of {slots} slots", "start with a larger --capacity"
+        raise ConfigError(path, expected=expected, found=f"one of {length}", next_step=step)
+    return load(path)
 
 
 def _stamps(folder: Path) -> dict[str, _Stamp]:

@@ -118,7 +118,32 @@ def test_a_prefix_of_another_backbone_is_refused(
     assert "weights" in caplog.text
 
 
-def test_a_prefix_that_leaves_no_room_is_warned_of(
+def test_what_its_header_refuses_is_not_read(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = prefix()
+    other = replace(made.manifest.backbone, config_hash="b3-v1:" + "0" * 64)
+    save(Prefix(replace(made.manifest, backbone=other), made.tensors), tmp_path / "other.safetensors")
+    save(prefix(length=64), tmp_path / "long.safetensors")
+    save(prefix(), tmp_path / "good.safetensors")
+    read: list[str] = []
+
+    def reading(path: Path) -> Prefix:
+        read.append(path.stem)
+        return load(path)
+
+    monkeypatch.setattr(prefix_folder, "load", reading)
+
+    async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
+        await folder.look()
+        assert names(session, catalogue) == ["own", "good"]
+
+    looking(session, tmp_path, use)
+    assert read == ["good"]
+    assert "other.safetensors is refused: prefix for " in caplog.text
+
+
+def test_a_prefix_that_leaves_no_room_is_refused(
     session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(prefix(length=63), tmp_path / "short.safetensors")
@@ -126,11 +151,29 @@ def test_a_prefix_that_leaves_no_room_is_warned_of(
 
     async def use(folder: PrefixFolder, catalogue: Catalogue) -> None:
         await folder.look()
-        assert names(session, catalogue) == ["own", "long", "short"]
+        assert names(session, catalogue) == ["own", "short"]
 
     looking(session, tmp_path, use)
     (told,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert told.startswith("prefix long has 64 slots, and a row 64: every request is refused; ")
+    assert told.startswith("long.safetensors is refused: ")
+    assert "expected a prefix that leaves room in a row of 64 slots; found one of 64; start with" in told
+
+
+def test_the_shared_prefix_needs_no_room_in_rows(session: Session, tmp_path: Path) -> None:
+    save(prefix(length=64), tmp_path / "long.safetensors")
+
+    async def run() -> None:
+        engine = ScriptedEngine(session)
+        engine.shared = "long"
+        worker, catalogue = Worker(engine), Catalogue(session.report, session.tokenizer)
+        worker.start()
+        try:
+            await PrefixFolder(tmp_path, worker, catalogue).look()
+            assert names(session, catalogue) == ["own", "long"]
+        finally:
+            await worker.close()
+
+    asyncio.run(run())
 
 
 def test_names_that_are_taken_are_refused(session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
