@@ -23,6 +23,8 @@ from prefixkit.task.chat import Message
 from prefixkit.task.encode import is_chat
 
 DEFAULT_NEW_TOKENS = 128
+NEW_TOKENS = "max_new_tokens"
+"""Where the error is that says how many tokens may be asked for."""
 LEAST_NEW_TOKENS = 16
 """What a prompt must leave for its answer, unless fewer are asked for."""
 UNBOUNDED = 2**31
@@ -108,7 +110,8 @@ def room_behind_source(task: TaskRecord, context: int | None, tokens: int, asked
 def new_tokens(asked: int | None, room: int, where: str) -> int:
     """How many tokens to write at most. Raises InputError for a number that was asked for and does not fit."""
     if asked is not None and not 1 <= asked <= room:
-        raise InputError(where, expected=f"from 1 to {room} new tokens, which the context has left", found=f"{asked}")
+        expected = f"from 1 to {room} new tokens, which the context has left behind {where}"
+        raise InputError(NEW_TOKENS, expected=expected, found=f"{asked}")
     return asked or min(DEFAULT_NEW_TOKENS, room)
 
 

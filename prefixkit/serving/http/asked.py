@@ -23,6 +23,7 @@ class Asked:
     """How to answer.
 
     Attributes:
+        limit: what the request calls `max_new_tokens`.
         stream: answer by server-sent events.
         usage: tell the tokens at the end of a stream.
         logprobs: alternatives a token, 0 for the token alone; None without log-probabilities.
@@ -30,6 +31,7 @@ class Asked:
 
     model: Model
     max_new_tokens: int | None
+    limit: str
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
@@ -60,13 +62,16 @@ def read_asked(given: Parameters, model: Model, *, tokens: Sequence[str], logpro
     _refuse_unsupported(given)
     stream, options = given.flag("stream"), given.nested("stream_options")
     if options.value("include_usage") is not None and not stream:
-        raise given.wrong("stream_options", "nothing without stream", options.value("include_usage"))
+        raise given.wrong("stream_options", "nothing without stream", given.value("stream_options"))
     usage = options.flag("include_usage")
+    options.only("include_obfuscation", False)
     options.finish()
-    limits = [given.integer(name, 1, _MOST_TOKENS) for name in tokens]
+    limits = {name: given.integer(name, 1, _MOST_TOKENS) for name in tokens}
+    limit = next((name for name, most in limits.items() if most is not None), tokens[0])
     return Asked(
         model=model,
-        max_new_tokens=next((limit for limit in limits if limit is not None), None),
+        max_new_tokens=limits[limit],
+        limit=limit,
         sampling=_sampling(given),
         stop=given.texts("stop", _MOST_STOPS),
         stream=stream,

@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from prefixkit.errors import InputError
 from prefixkit.serving.delivery import Answers
 from prefixkit.serving.generation import Completion
 from prefixkit.serving.http.asked import Asked
@@ -21,6 +22,7 @@ from prefixkit.serving.http.errors import CLIENT_GONE, ApiError, told
 from prefixkit.serving.http.long_texts import tokenised
 from prefixkit.serving.http.metrics import Stopwatch
 from prefixkit.serving.http.service import Service
+from prefixkit.serving.prompts import NEW_TOKENS
 from prefixkit.serving.request import Progress, Request, TokenScore
 
 
@@ -73,13 +75,23 @@ class Reply:
             InputError, EngineError: as `Worker.submit` does.
             ApiError: the client has gone. TimeoutError: it took too long.
         """
-        answers = await self._service.worker.submit(await tokenised(self._service, requests))
+        answers = await self._submit(requests)
         if self._asked.stream:
             return _EventStream(self._events(answers, len(requests)), lambda: self._close(answers))
         try:
             return _json(await self._whole(http, answers, len(requests)))
         finally:
             self._close(answers)
+
+    async def _submit(self, requests: Sequence[Request]) -> Answers:
+        try:
+            return await self._service.worker.submit(await tokenised(self._service, requests))
+        except InputError as error:
+            if error.where != NEW_TOKENS:
+                raise
+            limit = self._asked.limit
+            message = f"{limit}: expected {error.expected}; found {error.found}"
+            raise ApiError(400, message, param=limit) from error
 
     def _close(self, answers: Answers) -> None:
         answers.close()

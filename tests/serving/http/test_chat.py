@@ -152,3 +152,10 @@ def test_a_bare_model_stops_where_a_turn_ends(bare_folder: Path) -> None:
     assert tokenizer.decode(engine.asked[0].prompt).endswith("<|im_start|>assistant\n")
     assert rendered in tokenizer.decode(engine.asked[0].prompt)
     assert engine.asked[0].stop[:2] == ("x", "<|im_end|>")
+
+
+def test_a_limit_beyond_the_context_is_named_as_it_was_given(chatting: Client) -> None:
+    asked = {name: value for name, value in ASKED.items() if name != "max_tokens"}
+    for name in ("max_tokens", "max_completion_tokens"):
+        status, error = chatting.refusal(PATH, {**asked, name: 10**9})
+        assert (status, error["param"], error["message"].partition(":")[0]) == (400, name, name)

@@ -149,3 +149,10 @@ def test_hanging_up_frees_rows_of_the_real_engine(changing: Client) -> None:
         changing.close()
     eventually(lambda: changing.service.worker.running == changing.service.worker.waiting == 0)
     assert changing.ask(PATH, ASKED)[0] == 200
+
+
+def test_a_limit_beyond_the_context_is_named_as_it_was_given(served: Client) -> None:
+    status, error = served.refusal("/v1/completions", {**ASKED, "max_tokens": 10**9})
+    assert (status, error["param"]) == (400, "max_tokens")
+    assert error["message"].startswith("max_tokens: expected from 1 to ")
+    assert error["message"].endswith(" new tokens, which the context has left behind prompt; found 1000000000")

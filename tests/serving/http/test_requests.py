@@ -100,10 +100,17 @@ def test_what_says_nothing_of_the_answer_is_ignored(client: Client) -> None:
         ({"stop": ["a"] * 17}, "stop: expected a string or up to 16 of them"),
         ({"logprobs": 21}, "logprobs: expected an integer from 0 to 20; found 21"),
         ({"stream": 1}, "stream: expected true or false; found 1"),
-        ({"stream_options": {"include_usage": True}}, "stream_options: expected nothing without stream; found True"),
+        (
+            {"stream_options": {"include_usage": True}},
+            "stream_options: expected nothing without stream; found {'include_usage': True}",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation: True is not supported",
+        ),
         (
             {"stream": True, "stream_options": {"x": 1}},
-            "stream_options.x: no such parameter; choose from include_usage",
+            "stream_options.x: no such parameter; choose from include_obfuscation, include_usage",
         ),
         ({"stream": True, "stream_options": 3}, "stream_options: expected an object; found 3"),
         ({"prompt": None}, "prompt: expected a string, token ids below 320, or a list of either; found nothing"),

@@ -22,7 +22,8 @@ def test_the_chunks_of_every_prompt(client: Client) -> None:
 
 
 def test_usage_is_told_at_the_end_where_it_is_asked_for(client: Client) -> None:
-    *events, last = client.events("/v1/completions", {**ASKED, "stream_options": {"include_usage": True}})
+    options = {"include_usage": True, "include_obfuscation": False}
+    *events, last = client.events("/v1/completions", {**ASKED, "stream_options": options})
     assert all(event["usage"] is None for event in events)
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 6, "completion_tokens": 6, "total_tokens": 12}
