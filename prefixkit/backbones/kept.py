@@ -67,7 +67,8 @@ class _Counted:
 
     def pack(self, tensor: Tensor) -> _Entry:
         """What autograd is to keep in the place of `tensor`."""
-        entry = _Entry(tensor, self._depth > 0)
+        # Detached: a tensor that its own graph keeps, through Python, would never be given back.
+        entry = _Entry(tensor.detach(), self._depth > 0)
         self.entries.add(entry)
         return entry
 
@@ -98,7 +99,7 @@ class _Counted:
         self._depth += 1
         given = arguments[0] if arguments else keywords.get("hidden_states")
         if isinstance(given, Tensor) and torch.is_grad_enabled():
-            self._held.append(given)  # so that no other tensor gets its place
+            self._held.append(given.detach())  # so that no other tensor gets its place
             self.inputs[_place(given)] = given.untyped_storage().nbytes()
 
     def _leave(self, *_: Any) -> None:

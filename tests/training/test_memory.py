@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,26 @@ def test_every_method_needs_what_is_estimated(method: str, family: str, checkpoi
     run = prepared(method, family, tmp_path, gradient_checkpointing=checkpointing, batch_size=8)
     needs = estimate(run)
     assert abs(needs.needed / measured(run) - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_an_estimate_leaves_nothing_behind(family: str, checkpointing: bool, tmp_path: Path) -> None:
+    method = "prefix-tuning" if family == "t5" else "p-tuning-v2"
+    run = prepared(method, family, tmp_path, gradient_checkpointing=checkpointing)
+    estimate(run)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        estimate(run)
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def tensors() -> int:
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
