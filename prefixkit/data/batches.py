@@ -159,10 +159,14 @@ def in_order(examples: Sequence[Encoded], *, batch_size: int, collate: Collate =
 
 
 class TrainingBatches:
-    """Batches of similar length in random order, every example exactly once an epoch.
+    """Batches in random order, every example exactly once an epoch; by default each of examples of similar length.
 
     Steps count from 0 through all epochs, so a step is all the state there is: a resumed run goes on with
     `batch(step)`. The last batch that an epoch forms may be smaller than `batch_size`.
+
+    Attributes:
+        alike: whether the examples of a batch are of similar length, as padded rows want it. Packed rows do not:
+            examples at random make rows of like length, few of them to compile for and none far above the mean.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         collate: Collate = collate,
+        alike: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
@@ -180,6 +185,7 @@ class TrainingBatches:
         if not examples:
             raise DataError("training data", expected="at least one example", found="none")
         self.examples, self.batch_size, self.seed, self.collate = examples, batch_size, seed, collate
+        self.alike = alike
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._lengths = np.array([len(example) for example in examples])
         self._epoch = lru_cache(maxsize=2)(self._plan)
@@ -191,14 +197,15 @@ class TrainingBatches:
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of `step` holds."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[position]
+        return self._epoch(epoch, self.alike)[position]
 
-    def _plan(self, epoch: int) -> list[list[int]]:
+    def _plan(self, epoch: int, alike: bool) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(len(self.examples))
         size = self.batch_size * POOL
         batches: list[list[int]] = []
         for pool in (shuffled[start : start + size] for start in range(0, len(shuffled), size)):
-            by_length = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
-            batches += [by_length[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
+            order = np.argsort(self._lengths[pool], kind="stable") if alike else slice(None)
+            chosen = pool[order].tolist()
+            batches += [chosen[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]

@@ -59,6 +59,7 @@ def save(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) -> 
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "state": vars(state),
+        "alike": prepared.batches.alike,
     }
     torch.save(stored, buffer)
     path = path_of(prepared.config.output)
@@ -67,7 +68,7 @@ def save(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) -> 
 
 
 def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
-    """Put method, optimizer and random state back where `save` found them.
+    """Put method, optimizer and random state back where `save` found them, and go on in the same order of the data.
 
     Raises:
         ConfigError: no checkpoint, an unreadable one, or one of a run with other settings or data.
@@ -87,6 +88,8 @@ def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
         prepared.method.load_state_dict(stored["method"])
         optimizer.load_state_dict(stored["optimizer"])
         torch.set_rng_state(stored["random"])
+        # Before it was kept, all runs had batches of similar length.
+        prepared.batches.alike = stored.get("alike", True)
         return State(**stored["state"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _unreadable(path, error) from error

@@ -1,7 +1,7 @@
 """How the examples of a batch lie before the backbone: in padded rows, or one after the other in a packed row.
 
-Losses and gradients are the same. A packed row has no padding, and is for CUDA, where attention skips whatever a token
-does not see; on a CPU rows of like length are faster.
+Losses and gradients of a batch are the same. A packed row has no padding, and is for CUDA, where attention skips
+whatever a token does not see; on a CPU rows of like length are faster.
 """
 
 from __future__ import annotations

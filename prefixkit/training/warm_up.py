@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.compiled import compile_stacks, restore_stacks
+from prefixkit.data.packing import BUCKET
 from prefixkit.errors import ConfigError, InputError
 from prefixkit.training import layout
 from prefixkit.training.examples import collate_for
@@ -29,7 +30,7 @@ WORTH = 100
 LONGEST = 200
 """Letters of a compiler's message that are shown."""
 LAUNCH_BOUND = 1 << 12
-"""Tokens of a batch below which a GPU waits for its instructions, which a CUDA graph spares it."""
+"""Tokens of a mean batch below which a GPU waits for its instructions, which a CUDA graph spares it."""
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """How far a loss may be from the plain one, relatively: the rounding of other kernels."""
 
@@ -110,7 +111,11 @@ def _compiled(prepared: Prepared, expected: float, listener: Listener, beside: b
 
 
 def _mode(backbone: Backbone, prepared: Prepared) -> str | None:
-    if backbone.device.type != "cuda" or prepared.batches.batch(0).labels.numel() > LAUNCH_BOUND:
+    """What torch.compile is asked for. Batches differ: what they hold in the mean decides, and not one of them."""
+    batches = prepared.batches
+    tokens = sum(map(len, batches.examples)) / (batches.steps_per_epoch * prepared.group.size)
+    tokens += BUCKET / 2 if layout.packs(batches.collate) else 0  # what fills up a packed row
+    if backbone.device.type != "cuda" or tokens >= LAUNCH_BOUND:
         return None
     return "reduce-overhead"
 

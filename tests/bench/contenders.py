@@ -77,9 +77,10 @@ class Ours:
         output = Path(tempfile.gettempdir()) / "training-bench.safetensors"
         self.prepared = prepare(from_mapping(setting.config(output)), backbone, data)
         own = self.prepared.batches
-        rows, how = examples or own.examples, {"batch_size": setting.batch_size, "seed": setting.seed}
+        rows = examples or own.examples
+        how: Any = {"batch_size": setting.batch_size, "seed": setting.seed, "alike": own.alike}
         self.prepared.batches = TrainingBatches(rows, collate=own.collate, **how)
-        # The same for the others, who read padded rows.
+        # The same for the others, who read padded rows, as long as losses are compared.
         self.plan: TrainingBatches | Shuffled = TrainingBatches(rows, **how)
         self.optimizer, self.state = loop.make_optimizer(self.prepared), State()
         warm_up(self.prepared, self.prepared.total_steps, Told())
@@ -100,9 +101,14 @@ class Ours:
 class Peer(ABC):
     """What the others share.
 
+    Attributes:
+        buckets: whether its own order is that of our padded rows, by length; otherwise at random.
+
     Args:
         start: [prefix, width], as `Ours.prefix`; None leaves their own.
     """
+
+    buckets = True
 
     def __init__(
         self, setting: Setting, model: nn.Module, plan: TrainingBatches | Shuffled, start: Tensor | None
@@ -112,6 +118,12 @@ class Peer(ABC):
         if start is not None:
             self.trained.data.copy_(start)
         self.optimizer = torch.optim.AdamW([self.trained], lr=setting.lr, weight_decay=0.0)
+
+    @classmethod
+    def own_plan(cls, setting: Setting, rows: Sequence[EncodedExample]) -> TrainingBatches | Shuffled:
+        """The batches that it would have by itself."""
+        kind = TrainingBatches if cls.buckets else Shuffled
+        return kind(rows, batch_size=setting.batch_size, seed=setting.seed)
 
     @abstractmethod
     def begin(self, setting: Setting, model: Any) -> nn.Parameter:
@@ -135,6 +147,8 @@ class Peer(ABC):
 
 class PeftPlain(Peer):
     """PEFT as its documentation shows it: padded to the longest, labels -100, the model's own loss."""
+
+    buckets = False
 
     def begin(self, setting: Setting, model: Any) -> nn.Parameter:
         """A PeftModel around `model`."""
@@ -162,7 +176,7 @@ def loss_at_labels(decoder: Any, head: nn.Module, past: Any, slots: int, batch: 
 class PeftBest(PeftPlain):
     """PEFT's own prefix in the hands of somebody who counts: our length buckets, logits at labels alone."""
 
-    compiled = False
+    buckets, compiled = True, False
 
     def begin(self, setting: Setting, model: Any) -> nn.Parameter:
         """A PeftModel, its decoder compiled where that is wanted."""

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from prefixkit.data.batches import TrainingBatches
-from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, Peer, PeftPlain, Shuffled, plain_model
+from prefixkit.training import layout
+from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, Peer, plain_model
 from tests.bench.shapes import Setting, examples
 
 STEPS = 4
@@ -58,19 +58,17 @@ def build(setting: Setting, contender: str) -> Ours | Peer:
         setting = replace(setting, compile="on") if contender == OURS_COMPILED else setting
         return Ours(setting, None if setting.mean is None else examples(setting))
     rows, kind = examples(setting), PEERS[contender]
-    plan: TrainingBatches | Shuffled
-    if kind is PeftPlain:
-        plan = Shuffled(rows, batch_size=setting.batch_size, seed=setting.seed)
-    else:
-        plan = TrainingBatches(rows, batch_size=setting.batch_size, seed=setting.seed)
-    return kind(setting, plain_model(setting), plan, None)
+    return kind(setting, plain_model(setting), kind.own_plan(setting, rows), None)
 
 
-def _chosen(plan: Any) -> list[int]:
-    """Steps of the first epoch: the one with the smallest padded batch, then those with the largest."""
+def largest(built: Ours | Peer) -> list[int]:
+    """Steps of the first epoch of what `built` reads: the one with the smallest batch, then those with the largest."""
+    plan: Any = built.plan
+    packed = isinstance(built, Ours) and layout.packs(built.prepared.batches.collate)
     lengths = [len(example) for example in plan.examples]
     sizes = [[lengths[i] for i in plan.indices(step)] for step in range(len(lengths) // plan.batch_size)]
-    steps = sorted(range(len(sizes)), key=lambda step: max(sizes[step]) * len(sizes[step]))
+    tokens = [sum(each) if packed else max(each) * len(each) for each in sizes]
+    steps = sorted(range(len(sizes)), key=tokens.__getitem__)
     return [steps[0], *steps[-STEPS:]]
 
 
@@ -124,7 +122,7 @@ def main(contender: str, described: str) -> None:
     torch.set_num_threads(setting.threads)
     began = time.perf_counter()
     built = build(setting, contender)
-    spent, (small, *large) = time.perf_counter() - began, _chosen(built.plan)
+    spent, (small, *large) = time.perf_counter() - began, largest(built)
     memory = _Resident(built) if setting.device == "cpu" else _Allocated()
     began = time.perf_counter()
     float(built.step(small).loss)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from tests.bench import fresh
-from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, PeftCompiled, Shuffled, plain_model
+from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, Peer, PeftCompiled, plain_model
 from tests.bench.rounds import Row, alternate, compare
 from tests.bench.shapes import Setting, examples
 
@@ -116,7 +116,10 @@ class _Contenders:
         return losses[-1]
 
     def choose_best(self, steps: int) -> None:
-        """Keep PEFT at its best as it is, or compiled, whichever is faster; and give plain PEFT its own order."""
+        """Keep PEFT at its best as it is, or compiled, whichever is faster; then give every peer its own order."""
+        for peer in self.all.values():
+            if isinstance(peer, Peer):
+                peer.plan = peer.own_plan(self.setting, peer.plan.examples)
         if COMPILED in self.all:
             rates = alternate({name: self.turn(name, steps) for name in (BEST, COMPILED)}, 2)
             gain = median(rates[COMPILED]) / median(rates[BEST])
@@ -124,8 +127,6 @@ class _Contenders:
             compiled = self.all.pop(COMPILED)
             if gain > 1:
                 self.all[BEST] = compiled
-        plain = self.all["PEFT"]
-        plain.plan = Shuffled(plain.plan.examples, batch_size=self.setting.batch_size, seed=self.setting.seed)
 
     def turn(self, name: str, steps: int) -> Callable[[int], float]:
         """A turn: real tokens a second over steps that no earlier turn of this contender had."""

@@ -19,7 +19,7 @@ import torch
 
 from prefixkit.training import side_by_side
 from prefixkit.training.examples import Data
-from tests.bench.contenders import Ours, PeftPlain, Shuffled, plain_model
+from tests.bench.contenders import Ours, PeftPlain, plain_model
 from tests.bench.fresh import build
 from tests.bench.rounds import Row, alternate, compare
 from tests.bench.shapes import Setting, examples
@@ -95,7 +95,7 @@ class _InARow:
         """Of each after its first steps, on our batches; from then on it has random ones."""
         found = [[float(one.step(number).loss) for number in range(steps)][-1] for one in self.all]
         for one, setting in zip(self.all, self.settings, strict=True):
-            one.plan = Shuffled(one.plan.examples, batch_size=setting.batch_size, seed=setting.seed)
+            one.plan = one.own_plan(setting, one.plan.examples)
         return found
 
     def turn(self, number: int, steps: int) -> float:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from prefixkit.data.batches import TrainingBatches
 from prefixkit.quickstart import E2E
-from tests.bench import train, wall
-from tests.bench.contenders import PEERS, Ours, PeftCompiled, plain_model
+from tests.bench import fresh, speed, train, wall
+from tests.bench.contenders import PEERS, Ours, PeftCompiled, Shuffled, plain_model
 from tests.bench.rounds import Row
 from tests.bench.shapes import Setting, examples
 from tests.bench.speed import AGREE, BEST, COMPILED, Amount
@@ -78,6 +79,7 @@ def test_peers_read_the_same_examples_in_padded_rows(tmp_path: Path) -> None:
     ours = Ours(setting, examples(setting))
     assert setting.layout == "packed"
     assert ours.prepared.batches.batch(0).input_ids.shape[0] == 1
+    assert not ours.plan.alike
     start, model = ours.prefix, plain_model(setting)
     losses = [float(ours.step(number).loss) for number in range(2)]
     for kind in PEERS.values():
@@ -85,6 +87,27 @@ def test_peers_read_the_same_examples_in_padded_rows(tmp_path: Path) -> None:
             peer = kind(setting, model, ours.plan, start)
             found = [float(peer.step(number).loss) for number in range(2)]
             assert found == pytest.approx(losses, rel=AGREE["float32"])
+
+
+def test_every_contender_has_its_own_order_once_losses_agree(tmp_path: Path) -> None:
+    setting = setting_of("h200-gpt2m-b10", tmp_path)
+    found = speed._Contenders(setting, replace(AMOUNT, compiled=False), lambda message: None)
+    ours, peers = found.all["ours"], [found.all[name] for name in ("PEFT", BEST, "bare loop")]
+    assert all(peer.plan is ours.plan for peer in peers)
+    found.choose_best(1)
+    assert not ours.prepared.batches.alike
+    assert [type(peer.plan) for peer in peers] == [Shuffled, TrainingBatches, TrainingBatches]
+    assert all(peer.plan.alike for peer in peers[1:])
+
+
+def test_memory_is_that_of_the_largest_batches_in_the_rows_that_are_read(tmp_path: Path) -> None:
+    setting = setting_of("h200-gpt2m-b10", tmp_path)
+    for contender in ("ours", BEST):
+        built = fresh.build(setting, contender)
+        batches = built.prepared.batches if isinstance(built, Ours) else built.plan
+        small, *large = fresh.largest(built)
+        most = max(batches.batch(step).labels.numel() for step in range(len(batches.examples) // setting.batch_size))
+        assert batches.batch(small).labels.numel() < batches.batch(large[-1]).labels.numel() == most
 
 
 CURVES: dict[str, wall.Curve] = {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,9 +83,10 @@ def test_padding(side: str, ids: list[int], mask: list[int], labels: list[int]) 
     assert (batch.tokens, batch.target_tokens) == (7, 3)
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("count", [1, 7, 8, 1000, 1003])
-def test_every_example_once_an_epoch(count: int) -> None:
-    batches = TrainingBatches(ragged(count), batch_size=8, seed=3)
+def test_every_example_once_an_epoch(count: int, alike: bool) -> None:
+    batches = TrainingBatches(ragged(count), batch_size=8, seed=3, alike=alike)
     assert batches.steps_per_epoch == -(-count // 8)
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
@@ -115,6 +117,16 @@ def test_batches_pad_little_but_lengths_come_in_no_order() -> None:
     widths = [float(b.input_ids.shape[1]) for b in epoch]
     correlation = torch.corrcoef(torch.tensor([widths[:-1], widths[1:]]))[0, 1]
     assert abs(correlation) < 0.3
+
+
+def test_batches_at_random_are_of_like_size() -> None:
+    def rows(alike: bool) -> list[int]:
+        batches = TrainingBatches(ragged(2000), batch_size=32, seed=0, alike=alike)
+        return [sum(len(batches.examples[index]) for index in batches.indices(step)) for step in range(62)]
+
+    by_length, at_random = np.array(rows(True)), np.array(rows(False))
+    assert at_random.std() < by_length.std() / 3
+    assert at_random.max() < by_length.max()
 
 
 def test_evaluation_sees_every_example_once_by_length() -> None:

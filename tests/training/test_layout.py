@@ -16,7 +16,7 @@ from prefixkit.data.masked import collate_masked
 from prefixkit.data.packing import pack, pack_masked
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
-from prefixkit.training import layout, loop
+from prefixkit.training import checkpoint, layout, loop
 from prefixkit.training.classification import log_likelihoods
 from prefixkit.training.objectives import Distillation
 from prefixkit.training.preparation import Prepared, prepare
@@ -48,6 +48,7 @@ def first_step(prepared: Prepared) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of the first step, in float64."""
     prepared.backbone.model.double()
     prepared.method.double()
+    prepared.batches.alike = True
     received = prepared.method()
     loss = prepared.objective(prepared.backbone, prepared.batches.batch(0), received)
     return loss.item(), list(torch.autograd.grad(loss, list(prepared.method.parameters())))
@@ -75,8 +76,9 @@ def test_a_run_is_the_same_and_so_is_its_file(
     heard = {}
     for chosen in ("packed", "padded"):
         heard[chosen] = Interrupted()
-        config = settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen)
-        loop.train(config, listener=heard[chosen])
+        made = prepare(settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen))
+        made.batches.alike = True
+        loop.complete(made, resume=False, listener=heard[chosen])
     packed, padded = heard["packed"], heard["padded"]
     assert packed.losses == pytest.approx(padded.losses, abs=1e-5 * max(padded.losses))
     assert [one.loss for one in packed.validations] == pytest.approx([one.loss for one in padded.validations], rel=1e-5)
@@ -90,20 +92,52 @@ def test_autoprompt_finds_the_same_tokens(backbone_folder: Folder, records: Path
     for chosen, steps in (("packed", 4), ("padded", 4), ("packed", 0)):
         changes = {"method": {"name": "autoprompt", "length": 3}, "layout": chosen, "steps": steps}
         config = settings(backbone_folder("gpt2"), records, tmp_path / f"{chosen}-{steps}", **changes)
-        found.append(loop.train(config).manifest.injections)
+        made = prepare(config)
+        made.batches.alike = True
+        found.append(loop.complete(made, resume=False, listener=Interrupted()).manifest.injections)
     assert found[0] == found[1] != found[2]
 
 
-def test_a_run_may_be_resumed_in_the_other_layout(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begun", "ended"), [("packed", "padded"), ("padded", "packed")])
+def test_a_run_may_be_resumed_in_the_other_layout(
+    backbone_folder: Folder, records: Path, tmp_path: Path, begun: str, ended: str
+) -> None:
+    """It goes on with the batches of its order, which are others in the order of the other layout."""
     straight, broken = Interrupted(), Interrupted(8)
-    loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "one", layout="padded"), listener=straight)
+    loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "one", layout=begun), listener=straight)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "two", layout="packed"), listener=broken)
+        loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "two", layout=begun), listener=broken)
     resumed = Interrupted()
     loop.train(
-        settings(backbone_folder("gpt2"), records, tmp_path / "two", layout="padded"), resume=True, listener=resumed
+        settings(backbone_folder("gpt2"), records, tmp_path / "two", layout=ended), resume=True, listener=resumed
     )
     assert [*broken.losses, *resumed.losses] == pytest.approx(straight.losses, rel=1e-5)
+
+
+def test_a_packed_run_that_was_interrupted_ends_in_the_same_bytes(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "out", layout="packed")
+    loop.train(config)
+    expected = (tmp_path / "out").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, listener=Interrupted(8))
+    assert (tmp_path / "out").read_bytes() != expected
+    loop.train(config, resume=True)
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_a_state_from_before_the_order_was_kept_goes_on_by_length(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    ready = prepare(settings(backbone_folder("gpt2"), records, tmp_path / "out", layout="packed"))
+    assert not ready.batches.alike
+    path, optimizer = checkpoint.save(ready, loop.make_optimizer(ready), checkpoint.State()), loop.make_optimizer(ready)
+    stored = torch.load(path, weights_only=True)
+    del stored["alike"]
+    torch.save(stored, path)
+    checkpoint.restore(ready, optimizer)
+    assert ready.batches.alike
 
 
 def test_a_teacher_is_imitated_in_a_packed_row() -> None:

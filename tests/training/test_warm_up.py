@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from prefixkit.data.batches import EncodedExample, TrainingBatches
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
 from prefixkit.training import layout, loop, warm_up
+from prefixkit.training.processes import ALONE
 from prefixkit.training.sweep import sweep
 from tests.compiling import COMPILING
 from tests.training.test_loop import Interrupted, settings
@@ -35,7 +38,7 @@ def test_a_compiled_run_is_the_same_run(
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(warm_up, "BACKEND", counter)
     folder = backbone_folder("gpt2")
-    plain = run(folder, records, tmp_path / "plain", compile="off")
+    plain = run(folder, records, tmp_path / "plain", compile="off", layout=layout)
     compiled = run(folder, records, tmp_path / "compiled", compile="on", layout=layout)
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-5 * max(plain.losses))
     compiled_graphs = [graph for graph in counter.graphs if graph.graph.nodes]
@@ -85,6 +88,17 @@ def test_what_cannot_be_compiled_is_refused_before(backbone_folder: Folder, reco
 
 def test_a_cpu_is_left_alone_by_default(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     assert run(backbone_folder("gpt2"), records, tmp_path / "out").messages == []
+
+
+@pytest.mark.parametrize(("batch_size", "mode"), [(4, "reduce-overhead"), (40, "reduce-overhead"), (48, None)])
+@pytest.mark.parametrize("seed", range(4))
+def test_cuda_graphs_are_for_runs_of_small_batches(seed: int, batch_size: int, mode: str | None) -> None:
+    """Whichever of them comes first: lengths are far apart, and 92 in the mean."""
+    examples = [EncodedExample((1,) * length, (2,)) for length in (19, 19, 19, 19, 379)] * 100
+    batches = TrainingBatches(examples, batch_size=batch_size, seed=seed)
+    prepared: Any = SimpleNamespace(batches=batches, group=ALONE)
+    backbone: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert warm_up._mode(backbone, prepared) == mode
 
 
 def test_trials_that_are_packed_stand_or_fall_with_the_first_of_them(
