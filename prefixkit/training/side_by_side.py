@@ -179,7 +179,10 @@ def _leaf(made: _Trained) -> _Trained:
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
+    leaf = tensor.detach().contiguous().requires_grad_()
+    # Of its own: what a pass leaves may lie in a CUDA graph's memory, which the next pass writes again.
+    leaf.grad = torch.zeros_like(leaf)
+    return leaf
 
 
 def _through(made: Sequence[_Trained], leaves: Sequence[_Trained]) -> None:

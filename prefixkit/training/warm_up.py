@@ -103,19 +103,22 @@ def _compiled(prepared: Prepared, expected: float, listener: Listener, beside: b
     """Compile; gives why that does not work, or None."""
     listener.on_message("compiling the frozen model; the first step follows in about a minute")
     began, backbone = time.monotonic(), prepared.backbone
-    compile_stacks(backbone.model, backend=BACKEND, mode=_mode(backbone, prepared))
+    compile_stacks(backbone.model, backend=BACKEND, mode=_mode(backbone, prepared, beside))
     reason = _differs(prepared, expected, beside)
     if reason is None:
         listener.on_message(f"compiled in {time.monotonic() - began:.0f} s")
     return reason
 
 
-def _mode(backbone: Backbone, prepared: Prepared) -> str | None:
-    """What torch.compile is asked for. Batches differ: what they hold in the mean decides, and not one of them."""
+def _mode(backbone: Backbone, prepared: Prepared, beside: bool) -> str | None:
+    """What torch.compile is asked for. Batches differ: what they hold in the mean decides, and not one of them.
+
+    Rows of several runs together are long, and their length seldom comes again: no graph of one is worth recording.
+    """
     batches = prepared.batches
     tokens = sum(map(len, batches.examples)) / (batches.steps_per_epoch * prepared.group.size)
     tokens += BUCKET / 2 if layout.packs(batches.collate) else 0  # what fills up a packed row
-    if backbone.device.type != "cuda" or tokens >= LAUNCH_BOUND:
+    if backbone.device.type != "cuda" or beside or tokens >= LAUNCH_BOUND:
         return None
     return "reduce-overhead"
 

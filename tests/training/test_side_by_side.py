@@ -92,6 +92,31 @@ def test_steps_equal_those_of_separate_runs(backbone_folder: Folder, records: Pa
             assert begin.numel() == 1 or (ours - begin).abs().max() > 1e-3
 
 
+def test_gradients_of_several_passes_gather_in_memory_of_their_own(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the first pass may be a CUDA graph's, and gone with the second."""
+    places: list[list[int]] = []
+    made, backward = side_by_side._leaf, side_by_side._backward
+
+    def leaf(one: Any) -> Any:
+        leaves.append(made(one))
+        return leaves[-1]
+
+    def noted(*given: Any) -> torch.Tensor:
+        places.append([tensor.grad.data_ptr() for one in leaves for tensor in one.tensors])
+        return backward(*given)
+
+    leaves: list[Any] = []
+    monkeypatch.setattr(side_by_side, "_leaf", leaf)
+    monkeypatch.setattr(side_by_side, "_backward", noted)
+    monkeypatch.setattr(side_by_side, "MOST", {"cpu": 64})
+    side_by_side.step(runs(backbone_folder("gpt2"), records, tmp_path, layout="packed"))
+    places.append([tensor.grad.data_ptr() for one in leaves for tensor in one.tensors])
+    assert len(places) > 3
+    assert all(each == places[0] for each in places)
+
+
 def test_rows_of_like_length_stand_together_and_none_is_lost() -> None:
     rows = [(index % 3, "x" * length) for index, length in enumerate([5, 40, 6, 41, 7] * 8)]
     groups = list(side_by_side.alike(rows, 10**6))

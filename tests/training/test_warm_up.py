@@ -98,7 +98,8 @@ def test_cuda_graphs_are_for_runs_of_small_batches(seed: int, batch_size: int, m
     batches = TrainingBatches(examples, batch_size=batch_size, seed=seed)
     prepared: Any = SimpleNamespace(batches=batches, group=ALONE)
     backbone: Any = SimpleNamespace(device=torch.device("cuda"))
-    assert warm_up._mode(backbone, prepared) == mode
+    assert warm_up._mode(backbone, prepared, beside=False) == mode
+    assert warm_up._mode(backbone, prepared, beside=True) is None
 
 
 def test_trials_that_are_packed_stand_or_fall_with_the_first_of_them(
