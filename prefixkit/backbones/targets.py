@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ELEMENTS = 1 << 24
-"""Logits that a part holds at most: 64 MiB of float32."""
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits that a part holds at most, by device: 64 and 256 MiB of float32. Each part reads the output layer again."""
 
 Logits = Callable[[Tensor], Tensor]
 """[tokens, hidden] -> [tokens, vocab]."""
 LossOf = Callable[[Tensor, slice], Tensor]
 """The summed loss of some targets: their logits [tokens, vocab], and which of all targets they are."""
+
+
+def most(device: torch.device) -> int:
+    """Logits that a part holds at most on `device`."""
+    return ELEMENTS.get(device.type, ELEMENTS["cpu"])
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,13 @@ class Targets:
     vocabulary: int
     frozen: bool = True
 
-    def parts(self, elements: int = ELEMENTS) -> Iterator[slice]:
-        """The targets, in parts whose logits are not more than `elements` (but at least a token's)."""
-        size = max(1, elements // self.vocabulary)
+    def parts(self, elements: int | None = None) -> Iterator[slice]:
+        """The targets, in parts whose logits are not more than `elements`, or the device's (but at least a token's)."""
+        size = max(1, (elements or most(self.states.device)) // self.vocabulary)
         for begin in range(0, len(self.states), size):
             yield slice(begin, min(begin + size, len(self.states)))
 
-    def summed(self, loss_of: LossOf, elements: int = ELEMENTS) -> Tensor:
+    def summed(self, loss_of: LossOf, elements: int | None = None) -> Tensor:
         """The sum of `loss_of` over all targets: the value and the gradient of all logits at once."""
         parts = list(self.parts(elements))
         if not self.frozen:

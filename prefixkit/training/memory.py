@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prefixkit.backbones.kept import Kept, kept
-from prefixkit.backbones.targets import ELEMENTS
+from prefixkit.backbones.targets import ELEMENTS, most
 from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.methods.method import Method
 from prefixkit.training import layout
@@ -45,6 +45,7 @@ class Estimate:
         trained: parameters, gradients and optimizer state.
         once, row: what a step keeps, whatever its batch, and for each row of it.
         logits: how many a row has, of all its targets.
+        part: how many of them are there at once, at most.
         rows: of the largest batch.
         recomputes: whether layers are computed again.
         packable: whether its padding could be left out.
@@ -60,10 +61,11 @@ class Estimate:
     recomputes: bool
     packable: bool
     free: int | None
+    part: int = ELEMENTS["cpu"]
 
     def step(self, rows: int, *, recomputes: bool) -> int:
         """What a step of so many rows needs beside the weights."""
-        working = _LOGITS * min(ELEMENTS, rows * self.logits)
+        working = _LOGITS * min(self.part, rows * self.logits)
         layer = self.once.layer + rows * self.row.layer
         gradients = int(_GRADIENTS * layer)
         if not recomputes:
@@ -159,6 +161,7 @@ def estimate(prepared: Prepared) -> Estimate:
         recomputes=prepared.config.gradient_checkpointing,
         packable=_packable(prepared),
         free=free_memory(backbone.device),
+        part=most(backbone.device),
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.targets import ELEMENTS, Targets, most
 from prefixkit.injections import Injection, KeyValuePrefix, KeyValuePrefixes, ParameterDelta
 from tests import encoder_decoders
 from tests.architectures import CONFIGS, VOCAB, tiny
@@ -64,6 +65,14 @@ def test_decoders(family: str) -> None:
         assert (found - expected).abs().max() <= TOLERANCE[exact] * max(1.0, float(expected.abs().max()))
     assert all(gradient.abs().max() > 0 for _, gradient in pairs[1:])
     assert max(seen) == ROWS
+
+
+def test_parts_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = Targets(torch.zeros(1000, 1), lambda states: states, 1 << 17)
+    assert [len(range(1000)[part]) for part in targets.parts()] == [128] * 7 + [104]
+    # A CPU in the place of a GPU.
+    monkeypatch.setitem(ELEMENTS, "cpu", most(torch.device("cuda")))
+    assert [len(range(1000)[part]) for part in targets.parts()] == [512, 488]
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])

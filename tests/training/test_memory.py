@@ -136,6 +136,11 @@ NEEDS = Estimate(
 )
 
 
+def test_a_step_works_in_the_logits_of_a_part() -> None:
+    few, many = (replace(NEEDS, logits=1 << 30, part=part).step(1, recomputes=False) for part in (1 << 24, 1 << 26))
+    assert many - few == 12 * ((1 << 26) - (1 << 24))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
