@@ -53,10 +53,8 @@ class Trial(Run):
     def double(self) -> None:
         """Give each of its steps twice the examples from here on."""
         config, batches = self.prepared.config, self.prepared.batches
-        size = 2 * batches.batch_size
-        self.prepared.batches = TrainingBatches(
-            batches.examples, batch_size=size, seed=config.seed, collate=batches.collate
-        )
+        how: Any = {"seed": config.seed, "collate": batches.collate, "alike": batches.alike}
+        self.prepared.batches = TrainingBatches(batches.examples, batch_size=2 * batches.batch_size, **how)
         self.doublings += 1
 
     def record(self) -> dict[str, Any]:
