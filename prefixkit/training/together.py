@@ -21,6 +21,7 @@ from prefixkit.settings import at_least, check_types, records
 from prefixkit.training import loop
 from prefixkit.training.checkpoint import State
 from prefixkit.training.config import TrainConfig, files_of, from_mapping
+from prefixkit.training.interruption import between_steps
 from prefixkit.training.out_of_memory import SMALLER, in_a_line
 from prefixkit.training.output import check_outputs
 from prefixkit.training.preparation import Prepared, prepare
@@ -82,16 +83,19 @@ def train_together(config: TrainConfig, tasks: Sequence[TaskRun], listener: List
         shared = save(_share(prepared, config, listener), config.output)
     listener.on_message(f"wrote {config.output}, the shared prefix")
     written = [shared]
-    for task, one in zip(tasks, prepared, strict=True):
-        own = replace(
-            one,
-            config=replace(one.config, steps=task.steps),
-            total_steps=task.steps,
-            parents=(shared.manifest.content or "",),
-            method=deepcopy(one.method),
-        )
-        written.append(loop.complete(own, resume=False, listener=listener))
-        listener.on_message(f"wrote {task.output}")
+    with between_steps(listener.on_message) as check:
+        for task, one in zip(tasks, prepared, strict=True):
+            # What came in the last step of one task is not for the next to find out.
+            check()
+            own = replace(
+                one,
+                config=replace(one.config, steps=task.steps),
+                total_steps=task.steps,
+                parents=(shared.manifest.content or "",),
+                method=deepcopy(one.method),
+            )
+            written.append(loop.complete(own, resume=False, listener=listener))
+            listener.on_message(f"wrote {task.output}")
     return written
 
 

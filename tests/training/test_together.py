@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 from prefixkit.cli import run
 from prefixkit.injections import Combined, KeyValuePrefix, injection
 from prefixkit.prefix import load
+from prefixkit.training.progress import Silence, Step
+from prefixkit.training.together import runs_from, train_together
 from tests.encoders import encoder_folder
 
 WORDS = ["the", "blue", "spice", "river", "eagle", "mill", "pub"]
@@ -83,6 +87,24 @@ def test_the_shared_prefix_learns_from_every_task(
     settings.write_text(settings.read_text().replace("steps = 5\n", ""))
     before, after = losses(1), losses(150)
     assert all(late < early - 0.02 for early, late in zip(before, after, strict=True)), (before, after)
+
+
+class Ends(Silence):
+    """Asks to end in the last step of the first task's own training."""
+
+    def on_step(self, step: Step) -> None:
+        if step.step == step.total == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_in_the_last_step_of_a_task_ends_behind_it(settings: Path, tmp_path: Path) -> None:
+    own = settings.read_text().replace(
+        f'output = "{tmp_path / "tagging"}"', f'output = "{tmp_path / "tagging"}"\nsteps = 3'
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_together(*runs_from(tomllib.loads(own), "run.toml"), listener=Ends())
+    assert load(tmp_path / "tagging").manifest.provenance.metrics["steps"] == 3
+    assert not (tmp_path / "classification").exists()
 
 
 def test_what_cannot_be_shared_is_refused(settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
