@@ -97,8 +97,8 @@ def test_seed_repeats_a_draw(folder: Path, capfd: pytest.CaptureFixture[str]) ->
         (["--prefix", "a", "--prefix", "b"], "--prefix: expected one, or one for each of the 1 prompts; found 2"),
         (["--prefix", "nowhere.safetensors"], "nowhere.safetensors: expected a safetensors file; found nothing"),
         (["--top-p", "0.5"], "--temperature: expected above 0 with --top-k, --top-p or --min-p"),
-        (["--max-new-tokens", "5000"], "prompt 1: expected from 1 to "),
-        (["--max-new-tokens", "0"], "prompt 1: expected from 1 to "),
+        (["--max-new-tokens", "5000"], "max_new_tokens: expected from 1 to "),
+        (["--max-new-tokens", "0"], "max_new_tokens: expected from 1 to "),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -54,7 +54,8 @@ def graphs_of(done: Exported) -> dict[str, ir.Model]:
 @pytest.fixture
 def traced_before(monkeypatch: pytest.MonkeyPatch) -> Path:
     """BART's folder, with tracing replaced by the graphs that another test has traced."""
-    monkeypatch.setattr(subject, "trace_pair", lambda *_: graphs_of(exported_pair("bart")))
+    exported = exported_pair("bart")  # now: it traces as well, where no other test has come first
+    monkeypatch.setattr(subject, "trace_pair", lambda *_: graphs_of(exported))
     return pair_backbone("bart")
 
 
