@@ -134,8 +134,8 @@ def cache_shapes(names: Mapping[str, str], which: str, layers: Sequence[LayerGeo
 
 
 def first_line(error: Exception) -> str:
-    """What it says, as far as it fits in a line."""
-    return str(error).strip().splitlines()[0][:200]
+    """What it says, as far as it fits in a line; what it is, where it says nothing, as a bare MemoryError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def padded(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Array, Array]:

@@ -61,6 +61,15 @@ def test_a_complaint_of_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         Buffers(LAYERS, 2, 5, "float16", "cuda")
 
 
+def test_memory_that_ran_out_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", staticmethod(full))
+    with pytest.raises(ConfigError, match=r"not so much \(MemoryError\); take fewer rows"):
+        Buffers(LAYERS, 2, 5, "float16", "cuda")
+
+
 def test_a_fault_of_ours_is_not_told_as_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(onnxruntime.OrtValue, "ortvalue_from_numpy")
     with pytest.raises(AttributeError):
