@@ -109,8 +109,13 @@ def prepare(
         task = replace(task, max_length=left)
         encoded = data.encode(task, tokenizer, backbone, examples)
     collate, unpacked = layout.chosen(config.layout, task, backbone, (method(), teacher))
-    how: Any = {"collate": collate, "alike": not layout.packs(collate)}
-    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, **how)
+    batches = TrainingBatches(
+        encoded,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        collate=collate,
+        alike=not layout.packs(collate),
+    )
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,

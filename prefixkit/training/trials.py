@@ -53,8 +53,13 @@ class Trial(Run):
     def double(self) -> None:
         """Give each of its steps twice the examples from here on."""
         config, batches = self.prepared.config, self.prepared.batches
-        how: Any = {"seed": config.seed, "collate": batches.collate, "alike": batches.alike}
-        self.prepared.batches = TrainingBatches(batches.examples, batch_size=2 * batches.batch_size, **how)
+        self.prepared.batches = TrainingBatches(
+            batches.examples,
+            batch_size=2 * batches.batch_size,
+            seed=config.seed,
+            collate=batches.collate,
+            alike=batches.alike,
+        )
         self.doublings += 1
 
     def record(self) -> dict[str, Any]:
@@ -118,8 +123,8 @@ def resume(trial: Trial, known: Mapping[str, Any]) -> None:
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial of the best validation among those that came to their end; None where there is none."""
-    ended = [trial for trial in trials if trial.status == "finished"]
-    return min(ended, key=lambda trial: trial.score, default=None)
+    best = best_row([trial.record() for trial in trials])
+    return None if best is None else next(trial for trial in trials if trial.number == best["trial"])
 
 
 def row(
@@ -149,7 +154,7 @@ def row(
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """`best_of` for what the file of results says."""
+    """The row of the best validation among those that came to their end; None where there is none."""
 
     def rank(one: Mapping[str, Any]) -> tuple[float, float]:
         loss = one["validation_loss"]
