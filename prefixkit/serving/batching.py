@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from prefixkit.errors import InputError
-from prefixkit.serving.buffered_runtime import BufferedRuntime, Next, Rows
+from prefixkit.serving.bound_pass import Next
+from prefixkit.serving.buffered_runtime import BufferedRuntime, Rows
 from prefixkit.serving.generation import Piece, Prompt
 from prefixkit.serving.request import Progress
 from prefixkit.serving.sampling import Sampling

@@ -14,11 +14,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from prefixkit.errors import ConfigError
-from prefixkit.serving.buffer_names import INPUTS, OUTPUTS, SHARED_LENGTH, shared_names
+from prefixkit.serving.bound_pass import Next, Pass
+from prefixkit.serving.buffer_names import INPUTS, SHARED_LENGTH, shared_names
 from prefixkit.serving.buffers import Buffers
-from prefixkit.serving.graph import Device, Graph, cache_shapes, padded
+from prefixkit.serving.graph import Device, Graph, cache_shapes
 from prefixkit.serving.graph_files import check_files
-from prefixkit.serving.prefix_table import Array, ServedPrefix
+from prefixkit.serving.prefix_table import ServedPrefix
 from prefixkit.serving.report import ExportedFolder
 from prefixkit.serving.shared_prefix import SharedPrefix
 
@@ -116,24 +117,6 @@ def _suited(folder: ExportedFolder, device: Device) -> Device:
     return "cpu"
 
 
-class Next:
-    """What follows the newest token of each row of a pass.
-
-    Attributes:
-        tokens: [rows], the likeliest.
-    """
-
-    def __init__(self, logits: Any, tokens: Any) -> None:
-        self._logits, self.tokens = logits, tokens.numpy().copy()
-
-    @cached_property
-    def logits(self) -> Array:
-        """[rows, vocab], float32. They stay on the device until somebody wants them, before the next pass."""
-        # The next pass writes to the same place.
-        found: Array = self._logits.numpy().copy()
-        return found
-
-
 class Rows:
     """Texts in progress.
 
@@ -186,8 +169,7 @@ class Rows:
             ConfigError: the longest text, which the others are padded to, does not fit behind each row's own.
         """
         rows, longest = slice(first, first + len(texts)), max(map(len, texts))
-        ids, real = padded(texts, left=False)
-        counts = real.sum(-1)
+        counts = np.array([len(text) for text in texts])
         # What is written to a row that stays lies behind its text, or in a row that nobody has.
         room = self.capacity - longest
         index = np.where(counts, self.write_index[rows], np.minimum(self.write_index[rows], room))
@@ -197,7 +179,7 @@ class Rows:
         last = np.maximum(counts - 1, 0)
         positions = self.positions[rows, None] + np.minimum(np.arange(longest), last[:, None])
         given = {
-            INPUTS["input_ids"]: ids,
+            INPUTS["input_ids"]: np.array([[*text, *[0] * (longest - len(text))] for text in texts]),
             INPUTS["position_ids"]: positions,
             INPUTS["write_index"]: index,
             INPUTS["last"]: last,
@@ -235,42 +217,3 @@ class Rows:
             self._newest = Pass(graph, self.buffers, rows, longest, self.shared)
         self._newest.take(longest)
         return self._newest
-
-
-class Pass:
-    """A pass over a range of rows, with everything at fixed addresses, to be run again and again."""
-
-    def __init__(
-        self, graph: Graph, buffers: Buffers, rows: slice, seq: int, shared: SharedPrefix | None = None
-    ) -> None:
-        self.graph, self.rows, count = graph, rows, rows.stop - rows.start
-        self._binding, self._given = graph.session.io_binding(), dict[str, Any]()
-        self._size = 0
-        self.take(seq)
-        self._room((INPUTS["write_index"], INPUTS["last"], SHARED_LENGTH), (count,))
-        if shared is not None:
-            shared.bind(self._binding)
-        vocabulary = next(one.shape[1] for one in graph.session.get_outputs() if one.name == OUTPUTS["logits"])
-        self._logits = graph.room((count, vocabulary), np.float32)
-        self._tokens = graph.room((count,), np.int64)
-        self._binding.bind_ortvalue_output(OUTPUTS["logits"], self._logits)
-        self._binding.bind_ortvalue_output(OUTPUTS["token"], self._tokens)
-        buffers.bind(self._binding, rows.start, rows.stop)
-
-    def take(self, seq: int) -> None:
-        """Run on `seq` tokens a row from now on."""
-        if seq != self._size:
-            self._size = seq
-            self._room((INPUTS["input_ids"], INPUTS["position_ids"]), (self.rows.stop - self.rows.start, seq))
-
-    def run(self, given: Mapping[str, Array]) -> Next:
-        """Run on inputs `given` by name."""
-        for name, value in self._given.items():
-            value.update_inplace(np.ascontiguousarray(given[name]))
-        self.graph.run_bound(self._binding)
-        return Next(self._logits, self._tokens)
-
-    def _room(self, names: Sequence[str], shape: tuple[int, ...]) -> None:
-        for name in self.graph.inputs.intersection(names):
-            self._given[name] = self.graph.room(shape, np.int64)
-            self._binding.bind_ortvalue_input(name, self._given[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import onnxruntime
 
 from prefixkit.errors import ConfigError, FormatError, PrefixkitError
 from prefixkit.format.manifest import LayerGeometry
+from prefixkit.serving.huge_pages import in_huge_pages
 from prefixkit.serving.prefix_table import Array
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -46,7 +47,8 @@ class Graph:
                 graph), and repeated on the memory that was bound for the first.
         """
         self.path = path
-        self.session = _load(path, device, _options(threads, mapped, fixed or {}), recorded=bool(fixed))
+        with nullcontext() if mapped else in_huge_pages():
+            self.session = _load(path, device, _options(threads, mapped, fixed or {}), recorded=bool(fixed))
         # The list of available providers names those whose libraries are missing, too.
         self.device = "cuda" if _PROVIDERS["cuda"] in self.session.get_providers() else "cpu"
         if device == "cuda" and self.device != "cuda":
