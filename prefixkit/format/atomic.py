@@ -154,8 +154,9 @@ def _told_as_input_errors(path: str | Path, *ours: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A failed write to an open file, such as on a full disk, names no file.
-        if error.filename is not None and not any(_within(str(error.filename), folder) for folder in ours):
+        # A failed write to an open file, such as on a full disk, names no file; a failed copy names both.
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if named and not any(_within(name, folder) for name in named for folder in ours):
             raise
         reason = (error.strerror or str(error)).lower()
         raise InputError(path, expected="a place that can be written", found=reason, next_step=_NEXT) from error

@@ -231,6 +231,16 @@ def test_a_full_disk_under_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names(tmp_path) == []
 
 
+def test_a_full_disk_that_a_copy_meets(tmp_path: Path) -> None:
+    def copy(folder: Path) -> None:
+        # As shutil.copyfile raises it: both files, the source first.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/backbone/weights", None, str(folder / "weights"))
+
+    with pytest.raises(InputError, match="no space left"), replacing_folder(tmp_path / "out") as folder:
+        copy(folder)
+    assert names(tmp_path) == []
+
+
 def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "export.json").write_bytes(b"old")
