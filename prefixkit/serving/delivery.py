@@ -13,6 +13,13 @@ class EngineError(PrefixkitError):
     """A step failed, and with it the requests that were being written; or the engine is broken, or closed."""
 
 
+class ClosedError(EngineError):
+    """The engine is closed: nothing is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__("engine", found="it is closed")
+
+
 class Answers:
     """What the engine writes for some requests, as it comes: `(index, progress)`, until each has its completion.
 

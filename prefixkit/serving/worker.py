@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeVar
 
-from prefixkit.serving.delivery import Answers, EngineError
+from prefixkit.serving.delivery import Answers, ClosedError, EngineError
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.request import Progress, Request
 
@@ -63,7 +63,7 @@ class Worker:
             EngineError: the engine is broken or closed.
         """
         if self._closed:
-            raise EngineError("engine", found="it is closed")
+            raise ClosedError()
         outcome: asyncio.Future[_Result] = self._loop.create_future()
 
         def command() -> None:
@@ -178,7 +178,7 @@ class Worker:
 
     def _end(self) -> None:
         self._ended, owners = True, self._all_answers()
-        self._tell(_fail_all, owners, EngineError("engine", found="it is closed"))
+        self._tell(_fail_all, owners, ClosedError())
         for answers in owners:
             self._cancel(answers)
         self.fault = self.fault or "it is closed"

@@ -47,10 +47,12 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close what is idle, and what sends a request that is not whole."""
+        """Close what is idle, what sends a request that is not whole, and what does not read its answer."""
         super().shutdown()
         if self.cycle is not None and self.cycle.more_body:
             self.transport.close()
+        if self.flow.write_paused:
+            self.transport.abort()
 
     def handle_events(self) -> None:
         super().handle_events()

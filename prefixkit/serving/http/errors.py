@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefixkit.errors import InputError
-from prefixkit.serving.delivery import EngineError
+from prefixkit.serving.delivery import ClosedError, EngineError
 from prefixkit.serving.request import BusyError
 
 INVALID = "invalid_request_error"
@@ -58,11 +58,19 @@ def told(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case TimeoutError():
             return ApiError(504, "the answer took too long", code="timeout", kind="server_error")
+        case ClosedError():
+            return shutting_down()
         case EngineError():
             return ApiError(503, "the engine failed; the log says why", code="engine_fault", kind="server_error")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=error.headers)
     return ApiError(500, "internal error", kind="server_error")
+
+
+def shutting_down() -> ApiError:
+    """What a client is told whose request comes, or is still being answered, when the server ends."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return ApiError(503, "the server is shutting down", kind="server_error", headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefixkit.serving.http.errors import CLIENT_GONE, ApiError
+from prefixkit.serving.http.errors import CLIENT_GONE, ApiError, shutting_down
 from prefixkit.serving.http.exchange import Exchange
 from prefixkit.serving.http.loopback import is_loopback
 from prefixkit.serving.http.service import Service
@@ -52,8 +52,7 @@ class Gate:
             message = "expected the API key, as `Authorization: Bearer KEY`"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self._service.draining and scope["path"] != "/metrics":
-            headers = {"Retry-After": "1", "Connection": "close"}
-            return ApiError(503, "the server is shutting down", kind="server_error", headers=headers)
+            return shutting_down()
         return None
 
 

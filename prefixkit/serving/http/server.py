@@ -77,6 +77,13 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._tell()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in self.servers:
+            listening.close()
+        # Whoever still waits is told why there is no more, as uvicorn would only hang up.
+        await self._service.worker.close()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining:
             self.should_exit = True

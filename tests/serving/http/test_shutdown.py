@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import socket
 import threading
-from http.client import IncompleteRead
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,18 +68,44 @@ def test_half_a_request_is_not_waited_for(
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_nothing_outlasts_the_grace_or_a_second_signal(engine: ScriptedEngine, signals: int) -> None:
+def test_nothing_outlasts_the_grace_or_a_second_signal(
+    engine: ScriptedEngine, signals: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(engine, limits=Limits(grace=0.2 if signals == 1 else 1000)) as client:
         running = client.send(PATH, {**ASKED, "max_tokens": ENDLESS})
         running.readline()
         for _ in range(signals):
             tell(client)
         eventually(lambda: is_closed(client))
-        # Cut off, and not ended as if it were whole.
-        with running, pytest.raises(IncompleteRead):
-            running.read()
+        # Not ended as if it were whole.
+        with running:
+            last = running.read().split(b"\n\n")[-2]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["message"] == "the server is shutting down"
     assert "prefixkit-engine" not in [thread.name for thread in threading.enumerate()]
     assert engine.cancelled == [0]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_who_waits_for_a_whole_answer_is_told_that_there_is_none(engine: ScriptedEngine) -> None:
+    with serving(engine, limits=Limits(grace=0.2)) as client, ThreadPoolExecutor() as aside:
+        asking = aside.submit(client.refusal, PATH, {**ASKED, "max_tokens": ENDLESS, "stream": False})
+        eventually(lambda: engine.running == 1)
+        tell(client)
+        status, error = asking.result(30)
+    assert (status, error["message"]) == (503, "the server is shutting down")
+
+
+def test_who_reads_nothing_is_not_waited_for(engine: ScriptedEngine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.seconds = 0
+    body = json.dumps({**ASKED, "max_tokens": ENDLESS}).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as stalled, serving(engine, limits=Limits(grace=0.2)) as client:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", client.port))
+        stalled.sendall(head.encode() + body)
+        eventually(lambda: any(one.flow.write_paused for one in client.server.server_state.connections))
+        tell(client)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_port_that_is_taken_is_told() -> None:
