@@ -20,20 +20,27 @@ class ClosedError(EngineError):
         super().__init__("engine", found="it is closed")
 
 
+Watch = Callable[[int, Progress], None]
+"""Looks on at answers: the index of the request, and what was written for it."""
+
+
 class Answers:
     """What the engine writes for some requests, as it comes: `(index, progress)`, until each has its completion.
 
     Whoever asked must call `close`, which cancels what is not finished.
     """
 
-    def __init__(self, count: int, forget: Callable[[Answers], None]) -> None:
-        self._left, self._forget = count, forget
+    def __init__(self, count: int, forget: Callable[[Answers], None], watch: Watch) -> None:
+        """Call `watch` with each as it arrives, however late it is asked for."""
+        self._left, self._forget, self._watch = count, forget, watch
         self._inbox: asyncio.Queue[tuple[int, Progress] | EngineError] = asyncio.Queue()
         self.numbers: list[int] = []
         """The engine's, of each request; the thread alone reads and writes them."""
 
     def put(self, arrived: tuple[int, Progress] | EngineError) -> None:
         """Hand over what the engine wrote; called in the event loop."""
+        if self._left and not isinstance(arrived, EngineError):
+            self._watch(*arrived)
         self._inbox.put_nowait(arrived)
 
     def __aiter__(self) -> AsyncIterator[tuple[int, Progress]]:

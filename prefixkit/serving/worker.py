@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeVar
 
-from prefixkit.serving.delivery import Answers, ClosedError, EngineError
+from prefixkit.serving.delivery import Answers, ClosedError, EngineError, Watch
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.request import Progress, Request
 
@@ -79,14 +79,17 @@ class Worker:
         self._commands.put(command)
         return await outcome
 
-    async def submit(self, requests: Sequence[Request]) -> Answers:
+    async def submit(self, requests: Sequence[Request], watch: Watch = lambda index, progress: None) -> Answers:
         """Ask for all of `requests`, or for none where one is refused.
+
+        Args:
+            watch: is called with what arrives, when it does.
 
         Raises:
             InputError: a request that does not fit; BusyError where too many wait.
             EngineError: the engine is broken or closed.
         """
-        answers = Answers(len(requests), self._forget)
+        answers = Answers(len(requests), self._forget, watch)
         try:
             await self.call(lambda engine: self._submit(engine, requests, answers))
         except BaseException:

@@ -85,7 +85,7 @@ class Reply:
 
     async def _submit(self, requests: Sequence[Request]) -> Answers:
         try:
-            return await self._service.worker.submit(await tokenised(self._service, requests))
+            return await self._service.worker.submit(await tokenised(self._service, requests), self._watch.see)
         except InputError as error:
             if error.where != NEW_TOKENS:
                 raise
@@ -116,7 +116,6 @@ class Reply:
     async def _collect(self, answers: Answers, count: int) -> list[tuple[Completion, list[TokenScore]]]:
         written = [Written() for _ in range(count)]
         async for index, progress in answers:
-            self._watch.see(index, progress)
             written[index].take(progress)
         return [(one.completion, one.scores) for one in written if one.completion is not None]
 
@@ -140,10 +139,7 @@ class Reply:
 
     async def _next(self, answers: Answers) -> tuple[int, Progress] | None:
         async with asyncio.timeout_at(self._deadline):
-            arrived = await anext(answers, None)
-        if arrived is not None:
-            self._watch.see(*arrived)
-        return arrived
+            return await anext(answers, None)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         document = self._document(self._form.chunk, choices)

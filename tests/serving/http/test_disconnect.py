@@ -41,3 +41,17 @@ def test_a_client_that_does_not_read_holds_no_row(client: Client, engine: Script
     eventually(lambda: engine.idle)
     with response:
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_what_is_written_is_counted_then_and_not_when_it_is_read(client: Client, engine: ScriptedEngine) -> None:
+    engine.seconds, many = 0, 40_000
+    body = json.dumps({**FOREVER, "max_tokens": many, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    with socket.socket() as stalled:
+        # More than the buffers of both ends hold.
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", client.port))
+        stalled.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+        eventually(lambda: client.metric("prefixkit_written_tokens_total") == many)
+        assert client.metric("prefixkit_time_per_token_seconds_count") == 1
+        assert any(one.flow.write_paused for one in client.server.server_state.connections)
