@@ -10,15 +10,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prefixkit.errors import InputError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.serving.generation import Completion
 from prefixkit.serving.http.asked import MOST_ALTERNATIVES, read_asked
 from prefixkit.serving.http.body import read_object
 from prefixkit.serving.http.catalogue import Model
-from prefixkit.serving.http.errors import ApiError
+from prefixkit.serving.http.errors import ApiError, wrong
 from prefixkit.serving.http.parameters import Parameters
 from prefixkit.serving.http.replies import Reply
-from prefixkit.serving.http.service import service_of
+from prefixkit.serving.http.service import Service, service_of
 from prefixkit.serving.prompts import encode
 from prefixkit.serving.request import Progress, TokenScore
 from prefixkit.task import Fields
@@ -40,11 +41,18 @@ async def chat(request: Request) -> Response:
     prompt: Fields | tuple[int, ...] = fields
     if model.task is None:
         # The engine takes a text for a model without a task as it stands: it is given the ids, and what ends a turn.
-        # Beside the event loop, as it may be long.
-        known = conversation, service.session.tokenizer, fields, "messages", service.capacity
-        prompt = tuple((await asyncio.to_thread(encode, *known))[0])
+        prompt = await _ids(service, conversation, fields)
         asked = replace(asked, stop=(*asked.stop, *conversation.stop))
     return await Reply(service, _ChatForm(), asked).respond(request, asked.requests([prompt]))
+
+
+async def _ids(service: Service, conversation: TaskRecord, fields: Fields) -> tuple[int, ...]:
+    """The token ids of a conversation, made beside the event loop, as it may be long."""
+    known = conversation, service.session.tokenizer, fields, "messages", service.capacity
+    try:
+        return tuple((await asyncio.to_thread(encode, *known))[0])
+    except InputError as error:
+        raise wrong("messages", error) from error
 
 
 def _conversation(model: Model) -> TaskRecord:
@@ -101,7 +109,7 @@ def _logprobs(given: Parameters) -> int | None:
 class _ChatForm:
     """Messages as OpenAI words them."""
 
-    identifier, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    identifier, prompt, whole, chunk = "chatcmpl", "messages", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, completion: Completion, scores: Sequence[TokenScore] | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": completion.text, "refusal": None}

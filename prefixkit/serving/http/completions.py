@@ -55,7 +55,7 @@ def _prompt(given: Parameters, value: Any, vocabulary: int) -> Prompt:
 class _TextForm:
     """Completions as OpenAI words them."""
 
-    identifier, whole, chunk = "cmpl", "text_completion", "text_completion"
+    identifier, prompt, whole, chunk = "cmpl", "prompt", "text_completion", "text_completion"
 
     def __init__(self, count: int) -> None:
         self._offsets = [0] * count

@@ -67,6 +67,12 @@ def told(error: Exception) -> ApiError:
     return ApiError(500, "internal error", kind="server_error")
 
 
+def wrong(param: str, error: InputError) -> ApiError:
+    """What a client is told whose parameter `param` is at fault, as `error` says."""
+    line = InputError(param, expected=error.expected, found=error.found, next_step=error.next_step)
+    return ApiError(400, str(line), param=param)
+
+
 def shutting_down() -> ApiError:
     """What a client is told whose request comes, or is still being answered, when the server ends."""
     headers = {"Retry-After": "1", "Connection": "close"}

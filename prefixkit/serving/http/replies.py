@@ -18,7 +18,7 @@ from prefixkit.errors import InputError
 from prefixkit.serving.delivery import Answers
 from prefixkit.serving.generation import Completion
 from prefixkit.serving.http.asked import Asked
-from prefixkit.serving.http.errors import CLIENT_GONE, ApiError, told
+from prefixkit.serving.http.errors import CLIENT_GONE, ApiError, told, wrong
 from prefixkit.serving.http.long_texts import tokenised
 from prefixkit.serving.http.metrics import Stopwatch
 from prefixkit.serving.http.service import Service
@@ -43,6 +43,8 @@ class Form(Protocol):
 
     identifier: str
     """What its ids begin with."""
+    prompt: str
+    """The parameter that holds what is continued."""
     whole: str
     """The `object` of a whole answer, and of a chunk of it."""
     chunk: str
@@ -87,11 +89,11 @@ class Reply:
         try:
             return await self._service.worker.submit(await tokenised(self._service, requests), self._watch.see)
         except InputError as error:
-            if error.where != NEW_TOKENS:
+            # What the engine calls so, as this client called it.
+            named = {NEW_TOKENS: self._asked.limit, "prompt": self._form.prompt}.get(error.where)
+            if named is None:
                 raise
-            limit = self._asked.limit
-            message = f"{limit}: expected {error.expected}; found {error.found}"
-            raise ApiError(400, message, param=limit) from error
+            raise wrong(named, error) from error
 
     def _close(self, answers: Answers) -> None:
         answers.close()

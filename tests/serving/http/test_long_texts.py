@@ -37,7 +37,7 @@ def short_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_fit_is_refused_before_it_is_tokenised(served: Client) -> None:
     for prompt in (HOPELESS, ["x", HOPELESS]):
         status, error = served.refusal(COMPLETIONS, {**ASKED, "prompt": prompt})
-        assert status == 400
+        assert (status, error["param"]) == (400, "prompt")
         assert error["message"].startswith("prompt: expected at most ")
         assert error["message"].endswith(" tokens; found a text of 100000 characters, which has more; shorten it")
 
@@ -45,12 +45,12 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised(served: Client) -> No
 @pytest.mark.usefixtures("short_texts_only")
 def test_so_is_a_conversation(chatting: Client, bare_folder: Path) -> None:
     status, error = chatting.refusal(CHAT, {"model": "own", "messages": SAID})
-    assert (status, error["message"].partition(":")[0]) == (400, "prompt")
+    assert (status, error["message"].partition(":")[0], error["param"]) == (400, "messages", "messages")
     assert "which has more; shorten it" in error["message"]
     with serving(Engine(Session(bare_folder, device="cpu", threads=1), rows=1)) as client:
         name = client.ask("/v1/models")[1]["data"][0]["id"]
         status, error = client.refusal(CHAT, {"model": name, "messages": SAID})
-    assert (status, error["message"].partition(":")[0]) == (400, "messages")
+    assert (status, error["message"].partition(":")[0], error["param"]) == (400, "messages", "messages")
     assert "which has more; shorten it" in error["message"]
 
 
