@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 
-from prefixkit.errors import InputError
+from prefixkit.errors import DataError, InputError
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.serving.report import ExportedFolder
 from prefixkit.task import (
@@ -52,7 +53,8 @@ def encode(
     if isinstance(given, tuple):
         ids = list(given)
     else:
-        fields = _fields(task, given, where) if isinstance(given, str) else given
+        fields = _named(task, given, where) if isinstance(given, str) else given
+        _refuse_other(fields, where)
         _refuse_hopeless(task, tokenizer, fields, most, where)
         ids = encode_prompt(replace(task, max_length=UNBOUNDED), tokenizer, fields, where=where)
     if not ids:
@@ -109,10 +111,14 @@ def room_behind_source(task: TaskRecord, context: int | None, tokens: int, asked
 
 def new_tokens(asked: int | None, room: int, where: str) -> int:
     """How many tokens to write at most. Raises InputError for a number that was asked for and does not fit."""
-    if asked is not None and not 1 <= asked <= room:
+    if asked is not None and not (_is_whole(asked) and 1 <= asked <= room):
         expected = f"from 1 to {room} new tokens, which the context has left behind {where}"
         raise InputError(NEW_TOKENS, expected=expected, found=f"{asked}")
     return asked or min(DEFAULT_NEW_TOKENS, room)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral)
 
 
 def baked_start(report: ExportedFolder) -> int:
@@ -148,7 +154,18 @@ def _written(value: str | Sequence[Message]) -> str:
     return value if isinstance(value, str) else "".join(str(part) for message in value for part in message.values())
 
 
-def _fields(task: TaskRecord, text: str, where: str) -> Fields:
+def _refuse_other(given: object, where: str) -> None:
+    """Raise InputError for what are no fields, or not made of text; types are not checked where users write."""
+    if not isinstance(given, Mapping):
+        expected, found = "text, fields by name, or a tuple of token ids", type(given).__name__
+        raise InputError(where, expected=expected, found=found)
+    for name, value in given.items():
+        conversation = isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
+        if not isinstance(value, str) and not conversation:
+            raise DataError(where, expected=f"text as {name!r}", found=type(value).__name__)
+
+
+def _named(task: TaskRecord, text: str, where: str) -> Fields:
     names = ("input",) if is_chat(task) else input_fields(task)
     if len(names) == 1:
         return {names[0]: text}

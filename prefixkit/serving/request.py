@@ -36,6 +36,10 @@ class Request:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):
+            # A text is a sequence of texts, too: each of its letters would end the answer.
+            raise ConfigError("stop", expected="a tuple of texts", found="one text")
         if "" in self.stop:
             raise ConfigError("stop", expected="texts", found="an empty one", next_step="leave it out")
         if self.logprobs is not None and self.logprobs < 0:

@@ -263,6 +263,11 @@ def test_what_cannot_be_written_is_refused_at_once(session: Session) -> None:
     assert engine.idle
 
 
+def test_one_stop_text_is_not_taken_for_its_letters() -> None:
+    with pytest.raises(InputError, match="stop: expected a tuple of texts; found one text"):
+        Request(prompt="x", stop="END")  # type: ignore[arg-type]
+
+
 def test_a_portable_folder_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match="--target cuda"):
         Engine(Session(exported(family).folder, device="cpu", threads=1))

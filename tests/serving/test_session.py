@@ -149,11 +149,30 @@ def test_prompt_longer_than_the_context_is_refused_where_no_task_truncates(famil
         (["x"], [OWN, None], "prefix: expected one, or one for each of 1 prompts; found 2"),
         ([], OWN, "prompts: expected at least one; found none"),
         ("x", OWN, "prompts: expected a list of them; found one string"),
+        ([3], OWN, "prompt 1: expected text, fields by name, or a tuple of token ids; found int"),
+        (["x", [5, 6]], OWN, "prompt 2: expected text, fields by name, or a tuple of token ids; found list"),
+        ([{"input": 3}], OWN, "prompt 1: expected text as 'input'; found int"),
+        ([{"input": ["x"]}], OWN, "prompt 1: expected text as 'input'; found list"),
+        ([{"input": [{"role": "user"}]}], OWN, "prompt 1: expected text; found 'input'; conversations need"),
     ],
 )
-def test_bad_calls_are_one_line(session: Session, prompts: list[str] | str, prefix: object, message: str) -> None:
+def test_bad_calls_are_one_line(session: Session, prompts: list[object] | str, prefix: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         session.generate(prompts, prefix)  # type: ignore[arg-type]
+
+
+def test_half_a_token_is_refused(session: Session) -> None:
+    with pytest.raises(InputError, match=r"max_new_tokens: expected from 1 to .* found 1\.5"):
+        session.generate(["x"], max_new_tokens=1.5)  # type: ignore[arg-type]
+
+
+def test_fields_in_json_are_texts(session: Session, family: str) -> None:
+    task = replace(TASK, input_template="{name} of {year}")
+    session.add_prefix("dated", prefix_for(family, task=task))
+    assert session.generate(['{"name": "x", "year": "3"}'], "dated", max_new_tokens=2)
+    for value in ("3", "null", "[1]"):
+        with pytest.raises(InputError, match="prompt 1: expected text as 'year'; found"):
+            session.generate([f'{{"name": "x", "year": {value}}}'], "dated")
 
 
 def test_prefix_for_other_weights_is_refused_unless_allowed(session: Session, family: str) -> None:
