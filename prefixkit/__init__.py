@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prefixkit.prefix import save as save
     from prefixkit.serving.engine import Engine as Engine
     from prefixkit.serving.request import Request as Request
+    from prefixkit.serving.sampling import Sampling as Sampling
     from prefixkit.serving.session import Session as Session
     from prefixkit.training.capture import capture as capture
     from prefixkit.training.config import TrainConfig as TrainConfig
@@ -32,6 +33,7 @@ _HOME = {
     "save": "prefixkit.prefix",
     "Engine": "prefixkit.serving.engine",
     "Request": "prefixkit.serving.request",
+    "Sampling": "prefixkit.serving.sampling",
     "Session": "prefixkit.serving.session",
     "attach": "prefixkit.backbones.attach",
     "detach": "prefixkit.backbones.attach",
@@ -51,6 +53,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Request",
+    "Sampling",
     "Session",
     "TrainConfig",
     "attach",

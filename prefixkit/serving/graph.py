@@ -17,6 +17,8 @@ from prefixkit.serving.huge_pages import in_huge_pages
 from prefixkit.serving.prefix_table import Array
 
 Device = Literal["auto", "cpu", "cuda"]
+MOST_THREADS = 1024
+"""Starting many more takes longer than anybody waits, and onnxruntime says nothing of it."""
 _WARNINGS, _FATAL = 2, 4
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
@@ -158,6 +160,8 @@ def _options(threads: int | None, mapped: bool, fixed: Mapping[str, int]) -> Any
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError("threads", expected=f"from 1 to {MOST_THREADS}", found=f"{threads}")
         options.intra_op_num_threads = threads
     for name, size in fixed.items():
         options.add_free_dimension_override_by_name(name, size)

@@ -325,3 +325,9 @@ print([name for name in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir
     folder = str(exported("gpt2").folder)
     ran = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1_000_000])
+def test_as_many_threads_as_nobody_has_are_refused(threads: int) -> None:
+    with pytest.raises(ConfigError, match=f"^threads: expected from 1 to 1024; found {threads}$"):
+        Session(exported("gpt2").folder, device="cpu", threads=threads)
