@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit.backbones.geometry import is_encoder
@@ -44,11 +46,18 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
     keywords: dict[str, Any] = {"attention_mask": torch.ones(vectors.shape[:2], dtype=torch.long, device=model.device)}
     if takes_positions(model):
         keywords["position_ids"] = torch.arange(received.length, device=model.device)[None]
-    # `forward` goes past the hooks on the decoder: this pass receives nothing.
+    decoder = model.get_decoder()
+    spread = isinstance(decoder, FSDPModule)
+    # `forward` goes past the hooks on the decoder: this pass receives nothing. Those of FSDP gather the weights.
     with _cached(model):
-        model.get_decoder().forward(inputs_embeds=vectors, past_key_values=cache, use_cache=True, **keywords)
+        states = (decoder if spread else decoder.forward)(
+            inputs_embeds=vectors, past_key_values=cache, use_cache=True, **keywords
+        ).last_hidden_state
+    keys = [layer.keys[0] for layer in cache.layers]
+    if spread:
+        keys[-1] = _Behind.apply(keys[-1], states)  # type: ignore[no-untyped-call]
     return KeyValuePrefix(
-        keys=tuple(layer.keys[0] for layer in cache.layers),
+        keys=tuple(keys),
         values=tuple(layer.values[0] for layer in cache.layers),
         positions=received.positions,
         stack=received.stack,
@@ -70,6 +79,23 @@ def _refuse_unfoldable(model: PreTrainedModel, prompt: EmbeddingPrompt) -> None:
     if prompt.positions.text_start != prompt.length:
         found = f"text that starts at {prompt.positions.text_start}"
         raise BackboneError(where, expected=f"text that starts at {prompt.length}, behind the prompt", found=found)
+
+
+class _Behind(torch.autograd.Function):
+    """A tensor whose gradient comes to the layer that made it only after one of zero came to what the layer gives.
+
+    By the latter FSDP knows when to gather the weights again. Nobody uses what the last layer gives beside its keys.
+    """
+
+    @staticmethod
+    def forward(context: Any, made: Tensor, given: Tensor) -> Tensor:
+        context.save_for_backward(given)
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (given,) = context.saved_tensors
+        return gradients[0], torch.zeros_like(given)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True, "double": True},
     "sharded llama": {"shard": True, "family": "llama", "double": True},
     "sharded small batch": {"shard": True, "batch_size": 1, "double": True},
+    "sharded prompt": {"shard": True, "method": {"name": "prompt-tuning", "length": 4}, "double": True},
     "head": {"labelled": True, "shard": True},
     "stopped": {"stopped": 5, "double": True},
     "patience": {"patience": 1, "every": 1, "double": True},
