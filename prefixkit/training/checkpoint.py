@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
     path = path_of(prepared.config.output)
     stored = _read(path)
     ours, theirs = _run(prepared), stored.get("run", {})
-    for key in sorted(ours.keys() | theirs.keys()):
+    # Settings come first: what they make is another as well where one of them is.
+    for key in (*ours, *theirs):
         if ours.get(key) != theirs.get(key):
             raise ConfigError(
                 path,
@@ -103,6 +105,7 @@ def best_method(method: Method, state: State) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        _refuse_flipped(path)
         stored = torch.load(path, weights_only=True)
     except FileNotFoundError as error:
         step = "start without --resume"
@@ -113,6 +116,13 @@ def _read(path: Path) -> dict[str, Any]:
         step = "start without --resume"
         raise ConfigError(path, expected=f"layout {LAYOUT}", found="another version's", next_step=step)
     return stored
+
+
+def _refuse_flipped(path: Path) -> None:
+    """Raise BadZipFile for bits that are no longer those that were written: torch does not look at its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,29 @@ def test_resume_refuses_another_run(backbone_folder: Folder, records: Path, tmp_
         loop.train(settings(backbone_folder("gpt2"), records, output, batch_size=4), resume=True)
     with pytest.raises(ConfigError, match=r"backbone weights = 'b3t-v1"):
         loop.train(settings(backbone_folder("gpt2", 1), records, output), resume=True)
+    other = {"name": "prompt-tuning", "length": 4}
+    with pytest.raises(ConfigError, match=r"method\.name = 'prefix-tuning' as when the run began"):
+        loop.train(settings(backbone_folder("gpt2"), records, output, method=other), resume=True)
     with pytest.raises(ConfigError, match="expected a checkpoint to resume; found none"):
         loop.train(settings(backbone_folder("gpt2"), records, tmp_path / "q"), resume=True)
     checkpoint.path_of(output).write_bytes(b"PK broken")
     with pytest.raises(ConfigError, match="expected a readable checkpoint; found a damaged one"):
         loop.train(settings(backbone_folder("gpt2"), records, output), resume=True)
+
+
+def test_resume_refuses_a_checkpoint_with_a_flipped_bit(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    config = settings(backbone_folder("gpt2"), records, tmp_path / "p")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, listener=Interrupted(2))
+    path = checkpoint.path_of(config.output)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    stored = bytearray(path.read_bytes())
+    # Within the numbers of a tensor, behind the entry's header and its padding.
+    stored[largest.header_offset + largest.file_size] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(ConfigError, match="expected a readable checkpoint; found a damaged one"):
+        loop.train(config, resume=True)
 
 
 def test_resume_refuses_files_that_were_edited(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
