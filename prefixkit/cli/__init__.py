@@ -64,6 +64,9 @@ def run(arguments: Sequence[str]) -> int:
             _tell("interrupted")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:  # before typer was there to turn it into a code
+        _tell("interrupted")
+        return _INTERRUPTED
     except Exception as error:
         if os.environ.get("PREFIXKIT_TRACEBACK") == "1":
             raise

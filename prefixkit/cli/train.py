@@ -41,17 +41,20 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a prefix against a frozen backbone and write it as one file."""
-    settings = options.settings_of(config, locals(), assignments)
+    given = dict(locals())
     from prefixkit.cli.training_display import TrainingDisplay, quiet_transformers
     from prefixkit.training.config import from_mapping
     from prefixkit.training.loop import train as run
-    from prefixkit.training.processes import is_first
+    from prefixkit.training.processes import is_first, told_once
 
     quiet_transformers()
+    with told_once():
+        settings = options.settings_of(config, given, assignments)
     if "tasks" in settings or "patterns" in settings:
         _train_several(settings, str(config), resume, as_json)
         return
-    run_config = from_mapping(settings, str(config) if config is not None else "train")
+    with told_once():
+        run_config = from_mapping(settings, str(config) if config is not None else "train")
     with TrainingDisplay(shown=is_first()) as display:
         prefix = run(run_config, resume=resume, listener=display)
     if is_first():

@@ -19,13 +19,17 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from prefixkit.errors import ConfigError, InputError
+from prefixkit.errors import ConfigError, InputError, PrefixkitError
 from prefixkit.training.interruption import AtOnce
 
 Row = TypeVar("Row")
 _RUNS = count()
 _GRACE = 2.0
 """Seconds that a process which failed second leaves to the first, to say why."""
+
+
+class LostProcessError(PrefixkitError):
+    """Another process of the run was killed, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def processes(device: str) -> Iterator[Group]:
 
     Raises:
         ConfigError: fewer GPUs than processes.
+        LostProcessError: another process is there no longer.
     """
     if size() == 1:
         yield ALONE
@@ -113,6 +118,7 @@ def processes(device: str) -> Iterator[Group]:
         distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=many)
         yield Group(rank, many)
     except AtOnce:
+        _is_first_to_fail(store, rank)
         raise
     except KeyboardInterrupt:
         distributed.destroy_process_group()
@@ -121,10 +127,26 @@ def processes(device: str) -> Iterator[Group]:
         raise
     except Exception as error:
         if _is_first_to_fail(store, rank):
+            _refuse_lost(error)
             raise
         time.sleep(_GRACE)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
     distributed.destroy_process_group()
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """A `with` block before the processes are connected, in which all of a machine make the same mistake.
+
+    The first of them tells of it; the others end with its exit code and without a word.
+    """
+    try:
+        yield
+    except InputError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(_GRACE)
+        raise SystemExit(2) from None
 
 
 def refuse_several(what: str, next_step: str = "start it without torchrun") -> None:
@@ -145,6 +167,14 @@ def _backend(device: str) -> str:
         raise ConfigError("torchrun", expected="a GPU for each process", found=str(found), next_step=step)
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"
+
+
+def _refuse_lost(error: Exception) -> None:
+    """Raise LostProcessError if `error` is of a connection; gloo's have no class of their own."""
+    if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+        expected, found = "every process to go on to the end", "one that is there no longer"
+        step = "see below how it ended; where there is a checkpoint, --resume goes on from it"
+        raise LostProcessError("torchrun", expected=expected, found=found, next_step=step) from error
 
 
 def _is_first_to_fail(store: Store, rank: int) -> bool:

@@ -44,6 +44,17 @@ def test_an_error_is_one_line_and_a_code(
     assert capsys.readouterr().err == f"prefixkit: {told}\n"
 
 
+def test_ctrl_c_before_a_command_is_known_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", app)
+    assert run(["fail"]) == 130
+    assert capsys.readouterr().err == "prefixkit: interrupted\n"
+
+
 def test_a_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     use_command(monkeypatch, DataError("x"))
     monkeypatch.setenv("PREFIXKIT_TRACEBACK", "1")

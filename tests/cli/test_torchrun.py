@@ -57,3 +57,20 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     (line,) = lines(done.stderr)
     assert line.startswith("prefixkit: torchrun: expected one process for a sweep; found 2; start it on each machine")
+
+
+def test_a_wrong_setting_is_told_once(tmp_path: Path) -> None:
+    done = torchrun("prefixkit", "train", "--backbone", "x", "--data", "x", "--lr", "0", "-o", str(tmp_path / "p"))
+    assert done.returncode != 0
+    (line,) = lines(done.stderr)
+    assert line.startswith("prefixkit: --lr: expected a positive number")
+
+
+def test_a_process_that_was_killed_is_told_by_another(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
+    command = arguments(backbone_folder("gpt2"), records, tmp_path / "p", "--steps", "9")
+    done = torchrun("tests.cli.one_is_killed", *command)
+    assert done.returncode != 0
+    (line,) = lines(done.stderr)
+    assert line.startswith(
+        "prefixkit: torchrun: expected every process to go on to the end; found one that is there no"
+    )
