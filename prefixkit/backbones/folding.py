@@ -6,13 +6,13 @@ every text. Training runs through it too: the prompt passes the model once a ste
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from prefixkit.backbones.geometry import is_encoder
@@ -47,7 +47,7 @@ def fold(model: PreTrainedModel, received: Injection) -> KeyValuePrefix:
     if takes_positions(model):
         keywords["position_ids"] = torch.arange(received.length, device=model.device)[None]
     decoder = model.get_decoder()
-    spread = isinstance(decoder, FSDPModule)
+    spread = _is_spread(decoder)
     # `forward` goes past the hooks on the decoder: this pass receives nothing. Those of FSDP gather the weights.
     with _cached(model):
         states = (decoder if spread else decoder.forward)(
@@ -79,6 +79,12 @@ def _refuse_unfoldable(model: PreTrainedModel, prompt: EmbeddingPrompt) -> None:
     if prompt.positions.text_start != prompt.length:
         found = f"text that starts at {prompt.positions.text_start}"
         raise BackboneError(where, expected=f"text that starts at {prompt.length}, behind the prompt", found=found)
+
+
+def _is_spread(module: nn.Module) -> bool:
+    # FSDP takes a second to import; who uses it has done so.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class _Behind(torch.autograd.Function):
