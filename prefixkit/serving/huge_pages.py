@@ -11,23 +11,31 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 _MAPS = Path("/proc/self/maps")
 _COLLAPSE = 25
 """MADV_COLLAPSE, of Linux 6.1 and later: put these pages together now."""
+_AT_ONCE = 64 << 20
+"""Bytes: a process that ends waits for so many."""
+THREAD = "prefixkit-huge-pages"
 
 _Range = tuple[int, int]
 
 
 @contextmanager
 def in_huge_pages() -> Iterator[None]:
-    """Put together what is allocated meanwhile, and filled. Where the system has no such pages nothing happens."""
+    """Put together what is allocated meanwhile, and filled. Where the system has no such pages nothing happens.
+
+    It takes up to a second for 400 MB, and so is done beside what follows, which may use the memory.
+    """
     size = _size()
     before = _anonymous() if size else []
     yield
-    for begin, end in _without(_anonymous(), before) if size else ():
-        _collapse(-(-begin // size) * size, end // size * size)
+    if size:
+        new = [(-(-begin // size) * size, end // size * size) for begin, end in _without(_anonymous(), before)]
+        Thread(target=_collapse, args=(new,), name=THREAD, daemon=True).start()
 
 
 def _size() -> int:
@@ -60,7 +68,10 @@ def _without(ranges: list[_Range], others: list[_Range]) -> Iterator[_Range]:
         yield begin, end
 
 
-def _collapse(begin: int, end: int) -> None:
-    if end > begin:
-        # Refused by older systems, and where memory is in too small pieces: then it stays as it is.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _COLLAPSE)
+def _collapse(ranges: list[_Range]) -> None:
+    advise = ctypes.CDLL(None).madvise
+    for first, last in ranges:
+        for begin in range(first, last, _AT_ONCE):
+            size = min(_AT_ONCE, last - begin)
+            # Refused by older systems, and where memory is in too small pieces: then it stays as it is.
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _COLLAPSE)
