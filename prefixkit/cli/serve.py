@@ -47,7 +47,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PREFIXKIT_API_KEY", help="What requests must show, /health apart.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of the CPU. [all]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. [all]")] = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds to answer one request; 0 for no end.")] = 600.0,
     max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 4 * 2**20,
 ) -> None:

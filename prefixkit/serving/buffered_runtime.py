@@ -17,7 +17,7 @@ from prefixkit.errors import ConfigError
 from prefixkit.serving.bound_pass import Next, Pass
 from prefixkit.serving.buffer_names import INPUTS, SHARED_LENGTH, shared_names
 from prefixkit.serving.buffers import Buffers
-from prefixkit.serving.graph import Device, Graph, cache_shapes
+from prefixkit.serving.graph import Device, Graph, cache_shapes, padded
 from prefixkit.serving.graph_files import check_files
 from prefixkit.serving.prefix_table import ServedPrefix
 from prefixkit.serving.report import ExportedFolder
@@ -169,7 +169,8 @@ class Rows:
             ConfigError: the longest text, which the others are padded to, does not fit behind each row's own.
         """
         rows, longest = slice(first, first + len(texts)), max(map(len, texts))
-        counts = np.array([len(text) for text in texts])
+        ids, real = padded(texts, left=False)
+        counts = real.sum(-1)
         # What is written to a row that stays lies behind its text, or in a row that nobody has.
         room = self.capacity - longest
         index = np.where(counts, self.write_index[rows], np.minimum(self.write_index[rows], room))
@@ -179,7 +180,7 @@ class Rows:
         last = np.maximum(counts - 1, 0)
         positions = self.positions[rows, None] + np.minimum(np.arange(longest), last[:, None])
         given = {
-            INPUTS["input_ids"]: np.array([[*text, *[0] * (longest - len(text))] for text in texts]),
+            INPUTS["input_ids"]: ids,
             INPUTS["position_ids"]: positions,
             INPUTS["write_index"]: index,
             INPUTS["last"]: last,

@@ -27,7 +27,7 @@ from tests.encoder_decoders import CONFIGS, END, folder_of, oracle, random_prefi
 from tests.ragged import padded, prompts
 from tests.ragged import random_prefix as random_decoder_prefix
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 EFFECT = 0.1
 WRITTEN = torch.tensor([[END, 11, 12, 13, 14, 15]])
 
@@ -54,9 +54,10 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("places", [*((place,) for place in ATTENTIONS), ATTENTIONS], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_each_prefix_equals_attention_by_hand_and_comes_off_again(family: str, places: Any) -> None:
-    model, received = tiny(family), prefixes(family, places)
-    bare = logits(model)
-    expected = logits(oracle(tiny(family), received))
+    # In float32 some processors round further than that.
+    model = tiny(family).double()
+    received, bare = random_prefixes(wrap(model), places=places), logits(model)
+    expected = logits(oracle(model, received))
     assert (logits(attach(model, received)) - expected).abs().max() <= TOLERANCE
     assert (expected - bare).abs().max() > EFFECT
     assert torch.equal(logits(detach(model)), bare)
