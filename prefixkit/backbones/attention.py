@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prefixkit.backbones import short_attention
 from prefixkit.backbones.geometry import evaluating, one_input, reader_of
 from prefixkit.backbones.packed import Mask, attend
 from prefixkit.errors import BackboneError
@@ -222,7 +223,7 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-_ATTENTION = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": _own_eager}
+_ATTENTION = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], short_attention.NAME: short_attention.sdpa, "eager": _own_eager}
 # At import, not at `install`: a model that was pickled with a prefix finds its attention when it is read back.
 for _previous, _attention in _ATTENTION.items():
     AttentionInterface.register(_NAME.format(_previous), _prefixed(_attention))

@@ -17,7 +17,9 @@ from prefixkit.backbones.compiled import restore_stacks
 from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.last_layer import last_mlp_at
+from prefixkit.backbones.onednn import multiply_by_torch
 from prefixkit.backbones.recomputation import keep
+from prefixkit.backbones.short_attention import attend_by_torch
 from prefixkit.backbones.targets import Output, Targets
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import BackboneIdentity
@@ -173,7 +175,9 @@ class Backbone(ABC):
         """The model as `transformers` made it: without our hooks, nothing compiled or computed again."""
         restore_stacks(self.model)
         keep(self.model)
-        return self._unhooked()
+        multiply_by_torch(self.model)
+        attend_by_torch(model := self._unhooked())
+        return model
 
     def _unhooked(self) -> PreTrainedModel:
         """The model without our hooks, which come back when it is next given something."""

@@ -38,7 +38,7 @@ def largest(deltas: ParameterDelta, states: Tensor) -> dict[str, float]:
     return {name: gradient.abs().max().item() for name, gradient in zip(deltas.deltas, found, strict=True)}
 
 
-def keys_of(gradients: Mapping[str, float]) -> set[str]:
+def keys_of(gradients: Mapping[str, object]) -> set[str]:
     """Biases of keys, by what the families call them."""
     return {name for name in gradients if name.split(".")[-2] in ("key", "k_lin", "k_proj")}
 
