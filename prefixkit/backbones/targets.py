@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits that a part holds at most, by device: 64 and 256 MiB of float32. Each part reads the output layer again."""
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits that a part holds, by device: 16 and 256 MiB of float32, of which three copies are alive at once."""
+_LEAST = 128
+"""Tokens of a part at least, however large the vocabulary: each part reads the output layer again."""
 
 Logits = Callable[[Tensor], Tensor]
 """[tokens, hidden] -> [tokens, vocab]."""
@@ -25,9 +27,9 @@ LossOf = Callable[[Tensor, slice], Tensor]
 """The summed loss of some targets: their logits [tokens, vocab], and which of all targets they are."""
 
 
-def most(device: torch.device) -> int:
+def most(device: torch.device, vocabulary: int) -> int:
     """Logits that a part holds at most on `device`."""
-    return ELEMENTS.get(device.type, ELEMENTS["cpu"])
+    return max(ELEMENTS.get(device.type, ELEMENTS["cpu"]), _LEAST * vocabulary)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Targets:
 
     def parts(self, elements: int | None = None) -> Iterator[slice]:
         """The targets, in parts whose logits are not more than `elements`, or the device's (but at least a token's)."""
-        size = max(1, (elements or most(self.states.device)) // self.vocabulary)
+        size = max(1, (elements or most(self.states.device, self.vocabulary)) // self.vocabulary)
         for begin in range(0, len(self.states), size):
             yield slice(begin, min(begin + size, len(self.states)))
 

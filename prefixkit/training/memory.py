@@ -161,7 +161,7 @@ def estimate(prepared: Prepared) -> Estimate:
         recomputes=prepared.config.gradient_checkpointing,
         packable=_packable(prepared),
         free=free_memory(backbone.device),
-        part=most(backbone.device),
+        part=most(backbone.device, backbone.identity.vocab_size),
     )
 
 

@@ -71,8 +71,16 @@ def test_parts_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = Targets(torch.zeros(1000, 1), lambda states: states, 1 << 17)
     assert [len(range(1000)[part]) for part in targets.parts()] == [128] * 7 + [104]
     # A CPU in the place of a GPU.
-    monkeypatch.setitem(ELEMENTS, "cpu", most(torch.device("cuda")))
+    monkeypatch.setitem(ELEMENTS, "cpu", most(torch.device("cuda"), targets.vocabulary))
     assert [len(range(1000)[part]) for part in targets.parts()] == [512, 488]
+
+
+def test_parts_hold_some_tokens_however_large_the_vocabulary() -> None:
+    lengths = {
+        vocabulary: len(range(1000)[next(Targets(torch.zeros(1000, 1), lambda states: states, vocabulary).parts())])
+        for vocabulary in (1 << 13, 1 << 15, 1 << 18)
+    }
+    assert lengths == {1 << 13: 512, 1 << 15: 128, 1 << 18: 128}
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
