@@ -17,7 +17,6 @@ from prefixkit.backbones.compiled import restore_stacks
 from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.last_layer import last_mlp_at
-from prefixkit.backbones.onednn import multiply_by_torch
 from prefixkit.backbones.recomputation import keep
 from prefixkit.backbones.short_attention import attend_by_torch
 from prefixkit.backbones.targets import Output, Targets
@@ -172,11 +171,12 @@ class Backbone(ABC):
         """What the model writes for each prompt, as if that prompt were alone, up to the first stop token."""
 
     def release(self) -> PreTrainedModel:
-        """The model as `transformers` made it: without our hooks, nothing compiled or computed again."""
+        """The model as `transformers` made it: without our hooks or attention, nothing compiled or computed again."""
         restore_stacks(self.model)
         keep(self.model)
-        multiply_by_torch(self.model)
-        attend_by_torch(model := self._unhooked())
+        # An attachment gives back the attention that it found, which is ours.
+        model = self._unhooked()
+        attend_by_torch(model)
         return model
 
     def _unhooked(self) -> PreTrainedModel:

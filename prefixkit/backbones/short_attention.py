@@ -42,18 +42,19 @@ def sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> Any:
     """The attention function of that name, as `transformers` calls it."""
-    if attention_mask is not None and is_short(query, key, value, **keywords):
+    if attention_mask is not None and is_short(query, key, value, attention_mask, **keywords):
         return attend_short(query, key, value, attention_mask, keywords.get("scaling")), None
     return ALL_ATTENTION_FUNCTIONS[_BEFORE](module, query, key, value, attention_mask, **keywords)
 
 
-def is_short(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> bool:
+def is_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **keywords: Any) -> bool:
     """Whether `attend_short` is to do what attention is asked for, with the keywords that `transformers` gives it."""
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     told = keywords.get("dropout") or any(keywords.get(name) is not None for name in ("position_bias", "softcap"))
-    return wanted and not told and key.shape[2] <= LONGEST
+    known = query.device.type == "cpu" and query.dtype in _DTYPES and mask.dtype == torch.bool
+    return wanted and not told and known and len(query) == len(key) and 0 < key.shape[2] <= LONGEST
 
 
 def attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale:
     Args:
         query: [batch, heads, seq, head_dim].
         key, value: [batch, kv_heads, keys, head_dim or value_dim].
-        mask: [batch or 1, 1 or heads, seq, keys], True where a query sees a key, or what is added to its score.
+        mask: [batch or 1, 1 or heads, seq, keys], True where a query sees a key.
         scale: of the scores; None is 1 / sqrt(head_dim).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -100,8 +101,6 @@ class _Short(torch.autograd.Function):
 
 def _shares(scores: Tensor, mask: Tensor) -> Tensor:
     """What each query sees of each key; of a query that may see none, nothing, as torch has it."""
-    if mask.dtype != torch.bool:
-        return torch.softmax(scores.add_(mask), dim=-1)
     shares = torch.softmax(scores.masked_fill_(~mask, torch.finfo(scores.dtype).min), dim=-1)
     blind = ~mask.any(dim=-1, keepdim=True)
     return shares.masked_fill_(blind, 0.0) if blind.any() else shares

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits that a part holds, by device: 16 and 256 MiB of float32, of which three copies are alive at once."""
-_LEAST = 128
-"""Tokens of a part at least, however large the vocabulary: each part reads the output layer again."""
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits that a part holds at most, by device: 64 and 256 MiB of float32, of which three copies are alive at once."""
+_ENOUGH = 512
+"""Tokens of a part on a CPU, at most: more are no faster there."""
 
 Logits = Callable[[Tensor], Tensor]
 """[tokens, hidden] -> [tokens, vocab]."""
@@ -29,7 +29,9 @@ LossOf = Callable[[Tensor, slice], Tensor]
 
 def most(device: torch.device, vocabulary: int) -> int:
     """Logits that a part holds at most on `device`."""
-    return max(ELEMENTS.get(device.type, ELEMENTS["cpu"]), _LEAST * vocabulary)
+    if device.type == "cuda":
+        return ELEMENTS["cuda"]
+    return min(ELEMENTS["cpu"], _ENOUGH * vocabulary)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from prefixkit.errors import ConfigError
 from prefixkit.serving.batching import Batching
 from prefixkit.serving.buffered_runtime import BufferedRuntime
 from prefixkit.serving.generation import Prompt
-from prefixkit.serving.prefix_table import ServedPrefix
 from prefixkit.serving.prompts import LEAST_NEW_TOKENS
 from prefixkit.serving.request import BusyError, Progress, Request
-from prefixkit.serving.session import OWN, Session
+from prefixkit.serving.session import Session
 from prefixkit.serving.writing_row import WritingRow
 
 CAPACITY = 2048
@@ -45,8 +44,7 @@ class Engine:
                 those behind the old.
 
         Raises:
-            InputError: a folder whose graph has no buffers, or none for sharing; numbers below 1; a capacity that the
-                folder's own prefix fills.
+            InputError: a folder whose graph has no buffers, or none for sharing; numbers below 1.
         """
         if not isinstance(session.runtime, BufferedRuntime):
             step = "export again with --target cuda, which runs on a CPU as well"
@@ -57,7 +55,6 @@ class Engine:
                 raise ConfigError(name, expected="1 or more", found=str(number))
         self.session, self.most_waiting, self.shared = session, waiting, shared
         self.capacity = capacity or min(session.report.backbone.context_length or CAPACITY, CAPACITY)
-        self._refuse_no_room()
         self._batching = Batching(session.runtime.rows(rows, self.capacity, whole=True, sharing=shared is not None))
         self._numbers = count()
 
@@ -100,13 +97,6 @@ class Engine:
     def step(self) -> list[Progress]:
         """Admit what waits, as far as there are rows, and write one token of everything."""
         return self._batching.step()
-
-    def _refuse_no_room(self) -> None:
-        """Raise ConfigError where no request behind the folder's own prefix would ever fit."""
-        own = self.session.prefixes.get(OWN)
-        if isinstance(own, ServedPrefix) and own.length >= self.capacity and self.shared != OWN:
-            expected = f"more slots than the {own.length} of the folder's own prefix"
-            raise ConfigError("capacity", expected=expected, found=str(self.capacity), next_step="make rows longer")
 
     def _prompt(self, request: Request) -> Prompt:
         prompt = self.session.prompt(request.prompt, request.prefix, "prompt", request.max_new_tokens)

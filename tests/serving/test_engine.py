@@ -15,7 +15,6 @@ from prefixkit.injections import key_value_prefix
 from prefixkit.serving.buffered_runtime import Rows
 from prefixkit.serving.engine import Engine
 from prefixkit.serving.generation import Completion
-from prefixkit.serving.prefix_table import ServedPrefix
 from prefixkit.serving.request import BusyError, Progress, Request
 from prefixkit.serving.sampling import Sampler, Sampling
 from prefixkit.serving.session import OWN, Session
@@ -173,16 +172,6 @@ def test_prompts_are_read_with_those_of_like_length(session: Session, monkeypatc
 def test_too_large_buffers_are_told_in_a_line(session: Session) -> None:
     with pytest.raises(ConfigError, match=r"buffers: expected memory for 1000000 rows of [1-9][0-9,]* MiB each"):
         Engine(session, rows=10**6, capacity=10**6)
-
-
-def test_rows_that_the_own_prefix_fills_are_refused(session: Session) -> None:
-    own = session.prefixes["own"]
-    assert isinstance(own, ServedPrefix)
-    with pytest.raises(
-        ConfigError, match=rf"more slots than the {own.length} of the folder's own prefix; found {own.length}"
-    ):
-        Engine(session, rows=1, capacity=own.length)
-    assert Engine(session, rows=1, capacity=own.length, shared="own").capacity == own.length
 
 
 def test_what_is_cancelled_makes_room(session: Session) -> None:
