@@ -98,4 +98,4 @@ def test_numbers_stay_what_they_are() -> None:
     inside = (other.ctypes.data + SIZE - 1) & -SIZE
     if not huge_pages._size() or ctypes.CDLL(None).madvise(ctypes.c_void_p(inside), ctypes.c_size_t(SIZE), 25):
         pytest.skip("this system puts no pages together")
-    assert after > before
+    assert after >= before + 6 * SIZE // 1024
