@@ -17,6 +17,7 @@ from prefixkit.backbones.compiled import restore_stacks
 from prefixkit.backbones.deltas import biases, changed, normalizations
 from prefixkit.backbones.geometry import reader_of
 from prefixkit.backbones.last_layer import last_mlp_at
+from prefixkit.backbones.onednn import multiply_by_torch
 from prefixkit.backbones.recomputation import keep
 from prefixkit.backbones.short_attention import attend_by_torch
 from prefixkit.backbones.targets import Output, Targets
@@ -174,6 +175,7 @@ class Backbone(ABC):
         """The model as `transformers` made it: without our hooks or attention, nothing compiled or computed again."""
         restore_stacks(self.model)
         keep(self.model)
+        multiply_by_torch(self.model)
         # An attachment gives back the attention that it found, which is ours.
         model = self._unhooked()
         attend_by_torch(model)

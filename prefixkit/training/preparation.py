@@ -14,6 +14,7 @@ from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
+from prefixkit.backbones.onednn import multiply_by_onednn
 from prefixkit.backbones.recomputation import recompute
 from prefixkit.backbones.sharding import shard
 from prefixkit.backbones.short_attention import attend_short_rows
@@ -94,6 +95,7 @@ def prepare(
     _refuse_deltas(config)
     backbone = backbone or loaded(config, group)
     fuse_activations(backbone.model)
+    multiply_by_onednn(backbone.model)
     if uses_registry(backbone.model):
         attend_short_rows(backbone.model)
     if config.gradient_checkpointing:
