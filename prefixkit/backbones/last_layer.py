@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prefixkit.backbones import own_forward
 from prefixkit.backbones.cache_route import checkpoints
 from prefixkit.backbones.compiled import is_compiled
+from prefixkit.backbones.onednn import divides
 from prefixkit.backbones.recomputation import is_recomputed, layers_to_recompute
 
 
@@ -19,10 +20,11 @@ from prefixkit.backbones.recomputation import is_recomputed, layers_to_recompute
 def last_mlp_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
     """The last layer's MLP, in a `with` block, works where `chosen` [batch, seq] is True, and gives zeros elsewhere.
 
-    A layer that is compiled, or computed again when the block is over, works everywhere, as does one without an `mlp`.
+    A layer that is compiled, or computed again when the block is over, works everywhere, as does one without an `mlp`,
+    and one that would multiply few rows otherwise than all of them.
     """
     mlp = _last_mlp(model)
-    if mlp is None:
+    if mlp is None or divides(mlp, chosen):
         yield
         return
     own_forward.give(mlp, _at(chosen, mlp.forward))

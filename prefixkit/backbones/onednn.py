@@ -1,7 +1,7 @@
 """Products with frozen float32 weights on a CPU by oneDNN, where torch itself takes MKL.
 
-A frozen weight wants no gradient: a step is little else than products with it and its transpose. What that gains is in
-tests/bench/README.md.
+A frozen weight wants no gradient: a step is little else than products with it and its transpose. What
+that gains is in tests/bench/README.md.
 
 https://uxlfoundation.github.io/oneDNN; the operator is the one that torch.compile uses for frozen models.
 """
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-LEAST = 64
-"""Rows of states below which torch multiplies."""
+LEAST = 256
+"""Rows of states below which torch multiplies: filled up, they would be many more."""
+STEP = 32
+"""What numbers of rows are multiples of."""
 _MACHINES = ("x86_64", "AMD64")
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -49,8 +51,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D
 
 def multiply_by_onednn(model: PreTrainedModel) -> None:
     """Let the linear layers of `model` multiply so until `multiply_by_torch` undoes it, on machines that have it."""
-    for layer in model.modules() if works() else ():
-        layer.__class__ = _OURS.get(type(layer), type(layer))
+    for layer in [module for module in model.modules() if type(module) in _OURS and works()]:
+        if _is_plain(layer.weight):
+            layer.__class__ = _OURS[type(layer)]
 
 
 def multiply_by_torch(model: PreTrainedModel) -> None:
@@ -60,11 +63,21 @@ def multiply_by_torch(model: PreTrainedModel) -> None:
         layer.__class__ = before.get(type(layer), type(layer))
 
 
+def divides(module: nn.Module, chosen: Tensor) -> bool:
+    """Whether `module` would multiply all rows of a batch by oneDNN, and by torch those where `chosen` is True.
+
+    Their results differ in the last place, so that a run must not take now the one and now the other.
+    """
+    if not any(type(each) in _OURS.values() for each in module.modules()):
+        return False
+    return int(chosen.sum()) < LEAST <= chosen.numel()
+
+
 def fits(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `multiplied` is to do it: enough rows, all of it float32 on a CPU, and nobody else with a say."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_autocast_enabled("cpu") or weight.requires_grad or states.numel() < LEAST * states.shape[-1]:
+    if torch.is_autocast_enabled("cpu") or weight.requires_grad or states.numel() < LEAST * max(1, states.shape[-1]):
         return False
     return all(map(_is_plain, (states, weight) if bias is None else (states, weight, bias)))
 
@@ -77,11 +90,11 @@ def multiplied(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def filled(rows: int) -> int:
-    """How many rows a product of so many is made of: the next number of five binary digits, or multiple of `LEAST`.
+    """How many rows a product of so many is made of: the next number of five binary digits, or multiple of `STEP`.
 
     oneDNN keeps 0.6 MiB for every number of rows that a weight of some shape meets.
     """
-    step = max(LEAST, 1 << max(0, rows.bit_length() - 5))
+    step = max(STEP, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // step) * step
 
 

@@ -174,6 +174,7 @@ def advance(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) 
     """Do the step that is next."""
     set_rates(optimizer, schedule(state.step, prepared))
     batch = prepared.batches.batch(state.step)
+    prepared.heap.make_room(batch.tokens)
     state.last_loss = step(prepared, optimizer, batch, state.step)
     state.step += 1
     return Step(step=state.step, total=prepared.total_steps, loss=state.last_loss, tokens=batch.tokens)

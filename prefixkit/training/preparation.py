@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer
 from prefixkit.training import layout
 from prefixkit.training.config import TrainConfig, files_of
 from prefixkit.training.examples import Data, with_labels
+from prefixkit.training.heap import Heap, trimmer
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
@@ -55,6 +56,7 @@ class Prepared:
         start_digest: of the method's parameters before the first step.
         parents: content digests of the prefixes that this one starts from.
         unpacked: a sentence where batches are padded although a packed row would be faster.
+        heap: where tensors are put on a CPU.
         group: the processes that do it.
         share: from a step to the summed loss of this process's share of its batch, where there are several.
     """
@@ -73,6 +75,7 @@ class Prepared:
     start_digest: str
     parents: tuple[str, ...]
     unpacked: str | None = None
+    heap: Heap = field(default_factory=Heap)
     group: Group = ALONE
     share: Callable[[int], Tensor] | None = None
 
@@ -95,7 +98,8 @@ def prepare(
     _refuse_deltas(config)
     backbone = backbone or loaded(config, group)
     fuse_activations(backbone.model)
-    multiply_by_onednn(backbone.model)
+    if config.compile != "on":
+        multiply_by_onednn(backbone.model)
     if uses_registry(backbone.model):
         attend_short_rows(backbone.model)
     if config.gradient_checkpointing:
@@ -137,6 +141,7 @@ def prepare(
         start_digest=memory_digest(method),
         parents=tuple(parent.manifest.content or "" for parent in parents),
         unpacked=unpacked,
+        heap=Heap(trimmer(backbone.device)),
         group=group,
     )
 
