@@ -54,6 +54,9 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(help="int4 or int8: weights of linear layers, for --target cuda.")
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="int8: keys and values of eight bits, for --target cuda.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the runtime, as a=b; see `runtimes`. Repeatable.")
     ] = None,
@@ -64,12 +67,13 @@ def export(
     """Export a prefix and, for ONNX, its backbone; done only if it computes what PyTorch computes."""
     form = one_of("export", {"onnx": onnx, "triton": triton, **runtimes}, "a form to export to")
     graph = {"target": target, "dtype": dtype, "baked": baked, "weights": weights, "quantize": quantize}
+    graph["kv-cache"] = kv_cache
     given = {**graph, "allow-mismatch": allow_mismatch, "backbone": backbone, "set": settings, "json": as_json}
     given = {name: value for name, value in given.items() if value}
     _refuse_without_effect(form, given)
     if form == "onnx":
         options = {"dtype": dtype or "float32", "target": target or "portable", "baked": baked, "weights": weights}
-        options |= {"quantize": quantize, "allow_mismatch": allow_mismatch}
+        options |= {"quantize": quantize, "kv_cache": kv_cache, "allow_mismatch": allow_mismatch}
         written, source = _required(form, {"--output": output, "--backbone": backbone})
         _show(_onnx(prefix, source, written, options), as_json)
     elif form == "triton":
@@ -83,7 +87,7 @@ def export(
 
 
 _OPTIONS: Mapping[str, set[str]] = {
-    "onnx": {"target", "dtype", "baked", "weights", "quantize", "allow-mismatch", "backbone", "json"},
+    "onnx": {"target", "dtype", "baked", "weights", "quantize", "kv-cache", "allow-mismatch", "backbone", "json"},
     "triton": {"json"},
 }
 """What has an effect, by form; for those of the catalogue, its rows say so."""

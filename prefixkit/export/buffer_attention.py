@@ -26,10 +26,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from prefixkit.export.emitted import rotation_of
+from prefixkit.export.rounded_cache import from_eight_bits, in_eight_bits
 from prefixkit.export.shared_attention import TRANSLATIONS as SHARED
 from prefixkit.export.shared_attention import attend_shared, visible_behind
 
 Form = Literal["scattered", "grouped", "shared"]
+KeyValue = tuple[Tensor, Tensor]
+"""A key and a value."""
 OPSET = 24
 _NAME = "prefixkit_buffers"
 _OP = Opset("", OPSET)
@@ -47,15 +50,17 @@ class Writing:
         buffers: keys and values of each layer, [batch, kv_heads, capacity, head_dim].
         shared: those of a prefix that rows share, [1, kv_heads, prefix, head_dim]; for the form `shared`.
         seen: [batch], how many of its slots each row sees.
+        scales: of each layer's keys and values, [kv_heads, 1, head_dim]; none where buffers have the model's dtype.
         written: by layer, the same with what is new; filled by the pass.
     """
 
     form: Form
     index: Tensor
-    buffers: Sequence[tuple[Tensor, Tensor]]
-    shared: Sequence[tuple[Tensor, Tensor]] = ()
+    buffers: Sequence[KeyValue]
+    shared: Sequence[KeyValue] = ()
     seen: Tensor | None = None
-    written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scales: Sequence[KeyValue] = ()
+    written: dict[int, KeyValue] = field(default_factory=dict)
 
 
 _WRITING: ContextVar[Writing] = ContextVar("writing")
@@ -149,12 +154,10 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if where.form == "grouped":
         return _grouped(where, layer, (query, key, value), scale, sliding_window, softcap or 0.0), None
-    keys, values = (
-        tensor_scatter(buffer, new, where.index) for buffer, new in zip(where.buffers[layer], (key, value), strict=True)
-    )
-    where.written[layer] = (keys, values)
+    keys, values = _scattered(where, layer, (key, value))
     if where.seen is not None:
-        given, sizes = where.shared[layer], (query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1])
+        given = _read(where, layer, where.shared[layer], query)
+        sizes = (query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1])
         mask = visible_behind(where.seen, given[0].shape[2], where.index, sizes, sliding_window)
         found = attend_shared(query, *given, keys, values, mask, scale, softcap or 0.0)
     elif sliding_window is None and not softcap:
@@ -165,16 +168,34 @@ def _attention(
     return found.transpose(1, 2), None
 
 
+def _scattered(where: Writing, layer: int, new: KeyValue) -> KeyValue:
+    """Keys and values of a layer with what is new, as they are read."""
+    kept = new
+    if where.scales:
+        kept = (in_eight_bits(new[0], where.scales[layer][0]), in_eight_bits(new[1], where.scales[layer][1]))
+    keys, values = where.buffers[layer]
+    where.written[layer] = (tensor_scatter(keys, kept[0], where.index), tensor_scatter(values, kept[1], where.index))
+    return _read(where, layer, where.written[layer], new[0])
+
+
+def _read(where: Writing, layer: int, kept: KeyValue, like: Tensor) -> KeyValue:
+    if not where.scales:
+        return kept
+    key, value = where.scales[layer]
+    return from_eight_bits(kept[0], key, like), from_eight_bits(kept[1], value, like)
+
+
 def _grouped(
     where: Writing, layer: int, new: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None, softcap: float
 ) -> Tensor:
     (batch, heads, seq, dim), kv_heads = new[0].shape, new[1].shape[1]
     keys, values = where.buffers[layer]
     turns, unrotated = _turns(new[0], new[1], keys.shape[2])
+    more, kinds = _rounding(where, layer, turns)
     query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in (*unrotated, new[2]))
     found, *written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys), *turns),
+        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys), *more),
         {
             "do_rotary": int(bool(turns)),
             "num_heads": heads,
@@ -182,6 +203,7 @@ def _grouped(
             "scale": scale,
             "softcap": softcap,
             "local_window_size": -1 if window is None else window,
+            **kinds,
         },
         dtypes=(query.dtype, keys.dtype, values.dtype),
         shapes=(query.shape, keys.shape, values.shape),
@@ -205,6 +227,18 @@ def _turns(query: Tensor, key: Tensor, capacity: int) -> tuple[tuple[Tensor, ...
     lines = torch.cat([tokens, tokens.new_zeros(capacity)])
     tables = [turn.reshape(-1, half).index_select(0, lines) for turn in (rotated.cos, rotated.sin)]
     return (*tables, tokens.view(batch, seq)), (rotated.before, other.before)
+
+
+def _rounding(
+    where: Writing, layer: int, turns: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """The last inputs of GroupQueryAttention, from those that it rotates by on, and what it is told of scales."""
+    if not where.scales:
+        return turns, {}
+    key, value = (scale[None] for scale in where.scales[layer])
+    kinds = {f"{which}_quant_type": "PER_CHANNEL" for which in ("k", "v")}
+    # Between them it would take a bias and sinks.
+    return (*(turns or (None, None, None)), None, None, key, value), {**kinds, "kv_cache_bit_width": 8}
 
 
 def _capacity(buffer: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ from prefixkit.export.fused import pack
 from prefixkit.export.parity import CaseResult
 from prefixkit.export.quantized import Rounded, described, multiply_in_blocks, round_linear, save_rounded
 from prefixkit.export.report import GRAPH
+from prefixkit.export.rounded_cache import FILE, measured_scales, save_scales
 from prefixkit.export.tracing import traceable
 from prefixkit.export.weights import Weights, save_graph
 from prefixkit.injections import ParameterDelta, part_of
 from prefixkit.prefix import Prefix
+from prefixkit.serving.cache_scales import CacheScales
 from prefixkit.serving.graph import Graph
 
 _HEAD = 8
@@ -35,9 +37,19 @@ _HEAD = 8
 class BufferedExport(DecoderExport):
     """A decoder in four graphs over the same buffers, its prefix beside them."""
 
-    def __init__(self, prefix: Prefix | None, *, dtype: str, baked: bool, quantize: str | None = None) -> None:
+    def __init__(
+        self,
+        prefix: Prefix | None,
+        *,
+        dtype: str,
+        baked: bool,
+        quantize: str | None = None,
+        kv_cache: str | None = None,
+    ) -> None:
         super().__init__(prefix, dtype=dtype, baked=baked)
         self.quantize, self.rounded = quantize, dict[str, Rounded]()
+        self.kv_cache: str | None = kv_cache
+        self.scales: CacheScales | None = None
         if self.baked:
             found = "--baked" if baked else "a file with deltas, which are exported inside the graph"
             expected, step = "a prefix beside the graph", "use --target portable"
@@ -60,16 +72,18 @@ class BufferedExport(DecoderExport):
             raise ConfigError("--target cuda", expected=expected, found=found, next_step="use --target portable")
         if self.quantize is not None:
             self.rounded = round_linear(model, self.quantize)
+        if self.kv_cache is not None and self.scales is None:
+            self.scales = measured_scales(self.decoder, self._own)
 
     def graphs(self) -> Mapping[str, ir.Model]:
         """One for any number of tokens, one for one token a row, one for rows that share a prefix, one for prefixes."""
         model, geometry = self.decoder.release(), self.decoder.geometry
         with traceable(model), emitted(model):
             graphs = {
-                GRAPH: trace_buffered(model, geometry, "scattered"),
-                DECODE: trace_buffered(model, geometry, "grouped"),
-                SHARED: trace_buffered(model, geometry, "shared"),
-                PLACE: trace_place(model, geometry),
+                GRAPH: trace_buffered(model, geometry, "scattered", self.scales),
+                DECODE: trace_buffered(model, geometry, "grouped", self.scales),
+                SHARED: trace_buffered(model, geometry, "shared", self.scales),
+                PLACE: trace_place(model, geometry, self.scales),
             }
         for graph in graphs.values():
             multiply_in_blocks(graph, self.rounded)
@@ -93,6 +107,8 @@ class BufferedExport(DecoderExport):
             self._save_weights(stored)
             # safetensors keeps what it writes to this user.
             stored.chmod(readable)
+        if self.scales is not None:
+            save_scales(self.scales, folder / FILE)
         for file, graph in graphs.items():
             save_graph(graph, folder / file, "inline" if file == PLACE else "checkpoint", source)
 
@@ -105,19 +121,20 @@ class BufferedExport(DecoderExport):
     def parts(self) -> dict[str, Any]:
         """Inputs, outputs, model and contract."""
         rounded = {} if self.quantize is None else {"quantized": described(self.quantize)}
-        return {**buffered_parts(self.decoder), **rounded}
+        return {**buffered_parts(self.decoder, self.scales is not None), **rounded}
 
     def verify(self, folder: Path) -> tuple[CaseResult, ...]:
         """Compare logits of prompts and of tokens behind them."""
         assert part_of(self.received, ParameterDelta) is None
-        return verify_buffered(folder, self.decoder, self._own)
+        return verify_buffered(folder, self.decoder, self._own, self.scales)
 
     def twin(self, folder: Path) -> BufferedExport | None:
         """The same export in float32, where this machine cannot run bfloat16: its weights are the same to the bit, or
         are rounded alike."""
         if self.dtype != "bfloat16" or _runs_here(folder / PLACE):
             return None
-        twin = BufferedExport(self.prefix, dtype="float32", baked=False, quantize=self.quantize)
+        twin = BufferedExport(self.prefix, dtype="float32", baked=False, quantize=self.quantize, kv_cache=self.kv_cache)
+        twin.scales = self.scales
         twin.load(self.decoder.folder, allow_mismatch=True)
         return twin
 

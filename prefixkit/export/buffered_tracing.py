@@ -25,6 +25,7 @@ from prefixkit.serving.buffer_names import (
     prefix_names,
     shared_names,
 )
+from prefixkit.serving.cache_scales import CacheScales
 from prefixkit.serving.graph import per_layer
 
 _ROWS, _SEQ, _CAPACITY, _PREFIX = "rows", "sequence_length", "capacity", "prefix_length"
@@ -44,25 +45,28 @@ _DIMENSIONS: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
-def trace_buffered(model: PreTrainedModel, geometry: Sequence[LayerGeometry], form: Form) -> ir.Model:
+def trace_buffered(
+    model: PreTrainedModel, geometry: Sequence[LayerGeometry], form: Form, scales: CacheScales | None = None
+) -> ir.Model:
     """The graph of a decoder that writes into buffers; see `prefixkit.export.buffered_wrapper`.
 
     Args:
         form: `scattered` takes any number of tokens a row, `grouped` takes one, or any number in a single row;
             `shared` takes any number, and a prefix for all rows that are to see it.
+        scales: of keys and values in buffers of eight bits; None where these have the dtype of the model.
     """
-    layers = len(geometry)
+    layers, dtype = len(geometry), _dtype(model, scales)
     names = [name for name in INPUTS.values() if "%d" not in name]
     past, present = (list(per_layer(each, which, layers)) for each, which in ((INPUTS, "past"), (OUTPUTS, "present")))
-    example: list[Any] = [*(_numbers(name, model) for name in names), _buffers(geometry, model, _CAPACITY)]
+    example: list[Any] = [*(_numbers(name, model) for name in names), _buffers(geometry, model, _CAPACITY, dtype)]
     dynamic: list[Any] = [*(_dynamic(name) for name in names), [_dynamic("")] * len(past)]
     inputs = [*names, *past]
     if form == "shared":
-        example += [_numbers(SHARED_LENGTH, model), [one[:1] for one in _buffers(geometry, model, _PREFIX)]]
+        example += [_numbers(SHARED_LENGTH, model), [one[:1] for one in _buffers(geometry, model, _PREFIX, dtype)]]
         dynamic += [_dynamic(SHARED_LENGTH), [_dynamic(SHARED_PREFIX)] * len(past)]
         inputs += [SHARED_LENGTH, *shared_names(layers)]
     graph = graph_of(
-        BufferedDecoder(model, form),
+        BufferedDecoder(model, form, scales),
         tuple(example),
         tuple(dynamic),
         inputs=inputs,
@@ -78,13 +82,15 @@ def trace_buffered(model: PreTrainedModel, geometry: Sequence[LayerGeometry], fo
     return graph
 
 
-def trace_place(model: PreTrainedModel, geometry: Sequence[LayerGeometry]) -> ir.Model:
+def trace_place(
+    model: PreTrainedModel, geometry: Sequence[LayerGeometry], scales: CacheScales | None = None
+) -> ir.Model:
     """The graph that writes one prefix to the beginning of rows: no weights, and one operator a tensor."""
-    layers = len(geometry)
+    layers, dtype = len(geometry), _dtype(model, scales)
     past, present = (list(per_layer(each, which, layers)) for each, which in ((INPUTS, "past"), (OUTPUTS, "present")))
     return graph_of(
         _Place(),
-        (_buffers(geometry, model, _CAPACITY), _buffers(geometry, model, _PREFIX)),
+        (_buffers(geometry, model, _CAPACITY, dtype), _buffers(geometry, model, _PREFIX, dtype)),
         ([_dynamic("")] * len(past), [_dynamic(GIVEN_PREFIX)] * len(past)),
         inputs=[*past, *prefix_names(layers)],
         outputs=present,
@@ -122,9 +128,15 @@ def _numbers(name: str, model: PreTrainedModel) -> Tensor:
     return torch.zeros(sizes, dtype=torch.long, device=model.device)
 
 
-def _buffers(geometry: Sequence[LayerGeometry], model: PreTrainedModel, length: str) -> list[Tensor]:
+def _dtype(model: PreTrainedModel, scales: CacheScales | None) -> torch.dtype:
+    return model.dtype if scales is None else torch.int8
+
+
+def _buffers(
+    geometry: Sequence[LayerGeometry], model: PreTrainedModel, length: str, dtype: torch.dtype
+) -> list[Tensor]:
     shapes = [(layer.kv_heads, dim) for layer in geometry for dim in (layer.key_dim, layer.value_dim)]
-    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    like: dict[str, Any] = {"dtype": dtype, "device": model.device}
     return [torch.zeros(_SIZES[_ROWS], heads, _SIZES[length], dim, **like) for heads, dim in shapes]
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.export.buffer_attention import Form, Writing, writing
+from prefixkit.serving.cache_scales import CacheScales
 
 
 class BufferedDecoder(nn.Module):
@@ -24,9 +26,10 @@ class BufferedDecoder(nn.Module):
     `logits` [batch, vocab] are float32, of what follows that token; `token` [batch] is the likeliest.
     """
 
-    def __init__(self, model: PreTrainedModel, form: Form) -> None:
+    def __init__(self, model: PreTrainedModel, form: Form, scales: CacheScales | None = None) -> None:
         super().__init__()
         self.model, self.form = model, form
+        self.scales = nn.ParameterList([] if scales is None else map(torch.from_numpy, scales.tensors))
         self.positions = takes_positions(model)
 
     def forward(
@@ -41,7 +44,8 @@ class BufferedDecoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Run the model; see the class."""
         pairs, given = (list(zip(each[::2], each[1::2], strict=True)) for each in (buffers, shared))
-        where, cache = Writing(self.form, write_index, pairs, given, shared_length), DynamicCache()
+        scales = list(zip(self.scales[::2], self.scales[1::2], strict=True))
+        where, cache = Writing(self.form, write_index, pairs, given, shared_length, scales), DynamicCache()
         cache.layers = [_Fresh() for _ in pairs]
         keywords = {"position_ids": position_ids} if self.positions else {}
         with writing(self.model, where), _logits_at(self.model, last):

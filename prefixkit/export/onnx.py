@@ -23,6 +23,7 @@ from prefixkit.export.parity import CaseResult
 from prefixkit.export.quantized import BITS
 from prefixkit.export.reader import ReaderExport, is_reader
 from prefixkit.export.report import GRAPH, PREFIX, report_document, with_results
+from prefixkit.export.rounded_cache import KINDS
 from prefixkit.export.verify import refuse_differences
 from prefixkit.export.weights import WEIGHTS, Weights
 from prefixkit.format.atomic import replacing_folder
@@ -84,6 +85,7 @@ def export_onnx(
     baked: bool = False,
     weights: Weights | None = None,
     quantize: Literal["int4", "int8"] | None = None,
+    kv_cache: Literal["int8"] | None = None,
     allow_mismatch: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -108,6 +110,8 @@ def export_onnx(
         weights: where they are stored; see `prefixkit.export.weights.save_graph`. None is `external`, or for `cuda`
             `checkpoint` where that has the dtype of the export.
         quantize: `int4` or `int8`, of the weights of linear layers: see `prefixkit.export.quantized`. For `cuda`.
+        kv_cache: `int8` keeps keys and values, of prefixes as well, in eight bits: see
+            `prefixkit.export.rounded_cache`. For `cuda`.
         allow_mismatch: take a prefix made for other weights.
         progress: hears the name of each stage.
 
@@ -118,8 +122,9 @@ def export_onnx(
     """
     _check_options(dtype, baked, weights, prefix, target)
     _check_quantize(quantize, weights, target)
+    _check_kv_cache(kv_cache, target)
     loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
-    export = _export(loaded, backbone, dtype, baked, target, quantize)
+    export = _export(loaded, backbone, dtype, baked, target, quantize, kv_cache)
     stages = _Progress(progress)
     with stages.stage("loading"):
         export.load(backbone, allow_mismatch)
@@ -136,7 +141,13 @@ def export_onnx(
 
 
 def _export(
-    prefix: Prefix | None, backbone: Backbone | str | Path, dtype: str, baked: bool, target: str, quantize: str | None
+    prefix: Prefix | None,
+    backbone: Backbone | str | Path,
+    dtype: str,
+    baked: bool,
+    target: str,
+    quantize: str | None,
+    kv_cache: str | None,
 ) -> Export:
     kind: type[Export]
     kind = PairExport if is_pair(backbone, prefix) else ReaderExport if is_reader(backbone, prefix) else DecoderExport
@@ -144,7 +155,7 @@ def _export(
         if kind is not DecoderExport:
             expected, step = "a decoder that writes", "use --target portable"
             raise ConfigError("--target cuda", expected=expected, found="another kind of model", next_step=step)
-        return BufferedExport(prefix, dtype=dtype, baked=baked, quantize=quantize)
+        return BufferedExport(prefix, dtype=dtype, baked=baked, quantize=quantize, kv_cache=kv_cache)
     return kind(prefix, dtype=dtype, baked=baked)
 
 
@@ -205,6 +216,13 @@ def _check_quantize(quantize: str | None, weights: str | None, target: str) -> N
         raise ConfigError(
             "--quantize", expected="rounded weights in a file of their own", found=weights, next_step=step
         )
+
+
+def _check_kv_cache(kv_cache: str | None, target: str) -> None:
+    if kv_cache is not None and kv_cache not in KINDS:
+        raise ConfigError("--kv-cache", expected=" or ".join(KINDS), found=repr(kv_cache))
+    if kv_cache is not None and target != "cuda":
+        raise ConfigError("--kv-cache", expected="--target cuda", found=f"--target {target}")
 
 
 def _verified(export: Export, folder: Path) -> tuple[CaseResult, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from prefixkit import __version__
+from prefixkit.errors import ConfigError
 from prefixkit.export.triton_config import config_of
 from prefixkit.export.triton_readme import readme
 from prefixkit.export.weights import beside
@@ -52,6 +53,9 @@ def write_triton(folder: str | Path, repository: str | Path) -> tuple[TritonMode
     """
     report = read_report(folder)
     check_files(report.folder, report.files)
+    if report.buffered is not None and report.buffered.scales is not None:
+        expected, found = "keys and values in the graph's dtype", "eight bits, to which a client would have to round"
+        raise ConfigError(str(folder), expected=expected, found=found, next_step="export without --kv-cache")
     models = _models(report)
     with replacing_folder(repository, marker=MARKER) as made:
         written: dict[Path, Path] = {}

@@ -17,6 +17,7 @@ from prefixkit.errors import ConfigError
 from prefixkit.serving.bound_pass import Next, Pass
 from prefixkit.serving.buffer_names import INPUTS, SHARED_LENGTH, shared_names
 from prefixkit.serving.buffers import Buffers
+from prefixkit.serving.cache_scales import read_scales
 from prefixkit.serving.graph import Device, Graph, cache_shapes, padded
 from prefixkit.serving.graph_files import check_files
 from prefixkit.serving.prefix_table import ServedPrefix
@@ -29,6 +30,8 @@ class BufferedRuntime:
 
     Attributes:
         device: `cuda` or `cpu`, as onnxruntime chose after it tried.
+        dtype: of what is computed, and of keys and values that are given.
+        scales: of those that are kept, in eight bits; None where they are kept in `dtype`.
     """
 
     def __init__(self, folder: ExportedFolder, *, device: Device = "auto", threads: int | None = None) -> None:
@@ -36,6 +39,8 @@ class BufferedRuntime:
         self._folder, self._files, self._threads = folder, folder.buffered, threads
         self.layers, self.dtype = folder.backbone.stacks["decoder"], np.dtype(folder.dtype)
         check_files(folder.folder, folder.files)
+        scales = self._files.scales
+        self.scales = None if scales is None else read_scales(folder.folder / scales, self.layers)
         self._asked = _suited(folder, device)
         self.places = self._graph(self._files.place)
         self.device = self.places.device
@@ -100,11 +105,15 @@ class BufferedRuntime:
 
     def _checked(self, graph: Graph, others: Mapping[str, tuple[int, int]] | None = None) -> Graph:
         plain = [*(name for name in INPUTS.values() if "%d" not in name), SHARED_LENGTH]
-        graph.check({**cache_shapes(INPUTS, "past", self.layers), **(others or {})}, plain, str(self.dtype))
+        graph.check({**cache_shapes(INPUTS, "past", self.layers), **(others or {})}, plain, self._kept)
         return graph
 
     def _buffers(self, rows: int, capacity: int) -> Buffers:
-        return Buffers(self.layers, rows, capacity, str(self.dtype), self.device)
+        return Buffers(self.layers, rows, capacity, self._kept, self.device, self.scales)
+
+    @property
+    def _kept(self) -> str:
+        return str(self.dtype) if self.scales is None else "int8"
 
 
 def _suited(folder: ExportedFolder, device: Device) -> Device:

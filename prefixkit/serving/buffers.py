@@ -15,6 +15,7 @@ import onnxruntime
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import LayerGeometry
 from prefixkit.serving.buffer_names import INPUTS, OUTPUTS, prefix_names
+from prefixkit.serving.cache_scales import CacheScales
 from prefixkit.serving.graph import Graph, first_line, per_layer
 from prefixkit.serving.prefix_table import Array, ServedPrefix
 
@@ -29,9 +30,17 @@ class Buffers:
         bytes: of all of them.
     """
 
-    def __init__(self, layers: Sequence[LayerGeometry], rows: int, capacity: int, dtype: str, device: str) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerGeometry],
+        rows: int,
+        capacity: int,
+        dtype: str,
+        device: str,
+        scales: CacheScales | None = None,
+    ) -> None:
         self.rows, self.capacity, self.device, self.dtype = rows, capacity, device, np.dtype(dtype)
-        self.layers = len(layers)
+        self.layers, self._scales = len(layers), scales
         self._shapes = [(layer.kv_heads, capacity, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)]
         try:
             self._values = [self._value((rows, *shape)) for shape in self._shapes]
@@ -78,7 +87,8 @@ class Buffers:
 
     def on_device(self, prefix: ServedPrefix) -> list[Any]:
         """The tensors of `prefix` [1, kv_heads, length, head_dim] where the graphs run."""
-        return [self._from(np.ascontiguousarray(each[None])) for each in prefix.tensors]
+        tensors = prefix.tensors if self._scales is None else self._scales.rounded(prefix.tensors)
+        return [self._from(np.ascontiguousarray(each[None])) for each in tensors]
 
     def _give(self, binding: Any, tensors: Sequence[Any]) -> None:
         for name, tensor in zip(self._prefix, tensors, strict=True):

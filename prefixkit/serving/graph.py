@@ -111,7 +111,7 @@ class Graph:
             caches: kv_heads and head_dim of each input of keys or values.
             plain: the names of all other inputs that there may be.
         """
-        type_ = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}[dtype]
+        type_ = "tensor(float)" if dtype == "float32" else f"tensor({dtype})"
         expected = {name: (type_, heads, dim) for name, (heads, dim) in caches.items()}
         inputs = self.session.get_inputs()
         found = {one.name: (one.type, one.shape[1], one.shape[-1]) for one in inputs if one.name not in plain}

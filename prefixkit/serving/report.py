@@ -64,11 +64,13 @@ class BufferedParts:
         decode: the file of the one that takes one token a row, or any number of tokens of a single row.
         place: that of the one which puts a prefix at the beginning of rows.
         shared: that of the one whose rows may share a prefix; None in exports of before there was one.
+        scales: the file that says what keys and values of eight bits stand for; None where they are not rounded.
     """
 
     decode: str
     place: str
     shared: str | None = None
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ _GRAPH = record(
     {"file": _FILE, "dtype": one_of(("float32", "float16", "bfloat16")), "inputs": mapping(text())},
     {"files": array(record({"file": _FILE, "bytes": integer(0), "digest": text()}))},
 )
-_BUFFERED = record({"decode": _FILE, "place": _FILE}, {"shared": _FILE})
+_BUFFERED = record({"decode": _FILE, "place": _FILE}, {"shared": _FILE, "scales": _FILE})
 _ENCODER = record({"file": _FILE, "decoder_start_token_id": integer(0)})
 _PLACEMENT = one_of(("prepend", "after_first", "slots"))
 _READER = record(

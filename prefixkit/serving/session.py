@@ -117,6 +117,8 @@ class Session:
         if self._pair:
             return served_prefixes(prefix, self.runtime.dtype)
         made = served(prefix, self.runtime.dtype)
+        if isinstance(self.runtime, BufferedRuntime) and self.runtime.scales is not None:
+            self.runtime.scales.refuse_larger(f"prefix {name!r}", made.tensors)
         if not self.report.takes_positions and made.text_start != made.length:
             expected = f"a text that starts at {made.length}: the model counts its prefix"
             raise ConfigError(f"prefix {name!r}", expected=expected, found=f"one that starts at {made.text_start}")

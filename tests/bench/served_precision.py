@@ -1,5 +1,5 @@
 """What a served precision costs: a prefix trained on E2E, in float32, in each half precision that the machine can run,
-and with weights of eight and four bits.
+with weights of eight and four bits, and with keys and values of eight.
 
     python -m tests.bench.served_precision --json tests/bench/results/served_precision_cpu.json
 
@@ -22,7 +22,7 @@ import torch
 
 from prefixkit.data.readers import read_examples
 from prefixkit.data.references import ReferenceGroup, group_references
-from prefixkit.export.onnx import export_onnx
+from prefixkit.export.onnx import DTYPES, export_onnx
 from prefixkit.export.quantized import BITS
 from prefixkit.quickstart import BACKBONE, E2E
 from prefixkit.serving.buffered_runtime import BufferedRuntime
@@ -35,15 +35,17 @@ from prefixkit.training.metrics.bleu import bleu
 PREFIX = Path(__file__).parent / "results" / "e2e_long_run.safetensors"
 ROWS = 8
 CAPACITY = 192
+KV_CACHE = "int8 cache"
 AGREEMENT, BLEU = 0.99, 0.5
 """The least share of equal tokens, and the most that BLEU may differ."""
 
 
 def served(dtype: str, folder: Path, device: str) -> Session:
-    """The embedded backbone with the trained prefix, exported in `dtype`, or with its weights in it."""
+    """The embedded backbone with the trained prefix, exported in `dtype`, or with its weights or cache in it."""
     # There is no float32 on a GPU.
-    rounded = {"quantize": dtype, "dtype": "float32" if device == "cpu" else "bfloat16"}
-    precision = rounded if dtype in BITS else {"dtype": dtype}
+    others = {"dtype": "float32" if device == "cpu" else "bfloat16"}
+    rounded = {"quantize": dtype} if dtype in BITS else {"kv_cache": "int8"}
+    precision = {"dtype": dtype} if dtype in DTYPES["cuda"] else {**others, **rounded}
     export_onnx(PREFIX, BACKBONE, folder / dtype, target="cuda", **precision)  # type: ignore[arg-type]
     return Session(folder / dtype, device="cpu" if dtype == "float32" else device, threads=2)  # type: ignore[arg-type]
 
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    dtypes = ["float32", "float16"] + (["bfloat16"] if options.device == "cuda" else []) + [*BITS]
+    dtypes = ["float32", "float16"] + (["bfloat16"] if options.device == "cuda" else []) + [*BITS, KV_CACHE]
     rows = measure(dtypes, options.limit, options.device)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
