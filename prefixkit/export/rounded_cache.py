@@ -1,67 +1,100 @@
 """`--kv-cache int8`: keys and values that are kept in whole numbers of eight bits, each channel on a scale of its own.
 
-How large a channel's numbers get is measured on what the model itself writes, at random, with the prefix of the export
-and without. Newer keys and values that are larger than that are cut to the largest.
+How large a channel's numbers get is measured on tokens that the model draws and on others at random, at places all over
+its context, since a channel that rotates slowly shows only there how large it is; with the prefix of the export and
+without. What is larger than that in a text to come is cut to the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.positions import takes_positions
+from prefixkit.errors import InputError
 from prefixkit.injections import KeyValuePrefix
 from prefixkit.serving.cache_scales import LARGEST, CacheScales, scale_names
+from prefixkit.serving.prefix_table import Array
 
 KINDS = ("int8",)
-FILE = "onnx/cache.safetensors"
-_TEXTS, _TOKENS, _SEED = 8, 48, 0
+FILE = "onnx/cache.npz"
+_TEXTS, _TOKENS, _SEED = 16, 64, 0
 _ROOM = 1.2
 """How much larger than what was measured a number may be."""
 _LEAST = 1e-3
 """Of a layer's largest number, what a channel has at least: one that was silent may yet speak."""
+_UNBOUNDED = 4096
+"""Positions that are looked at where there is no end."""
+_MOST_LOST = 0.1
+"""How much of their keys, or values, in a layer the texts themselves may lose beside a larger prefix."""
 
 
 def measured_scales(decoder: Decoder, prefix: KeyValuePrefix | None) -> CacheScales:
-    """What 1 is to stand for in keys and values of `decoder`, so that its own texts and `prefix` fit."""
+    """What 1 is to stand for in keys and values of `decoder`, so that its own texts and `prefix` fit.
+
+    Raises:
+        InputError: a prefix so much larger than the texts that nothing of these would be left, or numbers without end.
+    """
     model = decoder.release()
-    room = (decoder.context_length or _TOKENS) - (0 if prefix is None else prefix.positions.text_start)
-    kept = [_written(model, each, min(_TOKENS, room)) for each in ((None,) if prefix is None else (None, prefix))]
-    largest = [torch.stack(each).amax(0) for each in zip(*map(_largest, kept), strict=True)]
-    room_for = [torch.maximum(each, _LEAST * each.amax()).clamp(min=1e-12) * _ROOM for each in largest]
-    return CacheScales(tuple((each / LARGEST).cpu().numpy() for each in room_for))
+    texts = _kept(_written(decoder, model, None))
+    both = [texts] if prefix is None else [texts, _kept(_written(decoder, model, prefix))]
+    largest = [np.maximum.reduce([_largest(each) for each in same]) for same in zip(*both, strict=True)]
+    room = [np.maximum(each, _LEAST * each.max()).clip(min=1e-12) * _ROOM for each in largest]
+    scales = CacheScales(tuple((each / LARGEST).astype(np.float32) for each in room))
+    where = "--kv-cache" if prefix is None else "--kv-cache, texts beside this prefix"
+    scales.refuse_larger(where, texts, most=_MOST_LOST, next_step="leave it out")
+    return scales
 
 
-def _largest(cache: DynamicCache) -> Iterator[Tensor]:
-    """[kv_heads, 1, dim] of key and value of each layer: the largest absolute numbers."""
-    for layer in cache.layers:
-        for kept in (layer.keys, layer.values):
-            yield kept.float().abs().amax(dim=(0, 2))[:, None]
+def _largest(tensor: Array) -> Array:
+    """[kv_heads, 1, dim]: the largest absolute numbers of [kv_heads, slots, dim]."""
+    found: Array = np.abs(tensor).max(axis=1, keepdims=True)
+    return found
+
+
+def _kept(cache: DynamicCache) -> list[Array]:
+    """Key and value of each layer, [kv_heads, rows * slots, dim]."""
+    kept = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+    return [each.float().transpose(0, 1).flatten(1, 2).cpu().numpy() for each in kept]
 
 
 @torch.no_grad()
-def _written(model: PreTrainedModel, prefix: KeyValuePrefix | None, tokens: int) -> DynamicCache:
-    """The cache behind texts that `model` has drawn, which start with any token."""
+def _written(decoder: Decoder, model: PreTrainedModel, prefix: KeyValuePrefix | None) -> DynamicCache:
+    """The cache behind rows of which `model` has drawn the first half, all of which start with any token."""
     generator = torch.Generator(model.device).manual_seed(_SEED)
     cache, start = _begun(model, prefix)
-    words = {"device": model.device, "generator": generator}
-    newest = torch.randint(model.config.get_text_config().vocab_size, (_TEXTS, 1), **words)
-    for position in range(start, start + tokens):
-        places = torch.full_like(newest, position)
-        keywords = {"position_ids": places} if takes_positions(model) else {}
+    places = _places(decoder, start)
+    words: dict[str, Any] = {"device": model.device, "generator": generator}
+    size, newest = model.config.get_text_config().vocab_size, None
+    for step in range(min(_TOKENS, (decoder.context_length or start + _TOKENS) - start)):
+        given = torch.randint(size, (_TEXTS, 1), **words)
+        given = given if newest is None else torch.cat([newest[: _TEXTS // 2], given[_TEXTS // 2 :]])
         mask = torch.ones(_TEXTS, cache.get_seq_length() + 1, dtype=torch.long, device=model.device)
-        logits = model(input_ids=newest, attention_mask=mask, past_key_values=cache, use_cache=True, **keywords).logits
-        newest = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)
+        keywords = {"position_ids": (places + step).to(model.device)} if takes_positions(model) else {}
+        logits = model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **keywords).logits
+        newest = torch.multinomial(_shares(logits[:, -1], model.config.model_type), 1, generator=generator)
     return cache
+
+
+def _shares(logits: Tensor, where: str) -> Tensor:
+    if not torch.isfinite(logits).all():
+        step = "leave --kv-cache out, or export another prefix"
+        raise InputError(where, expected="finite logits, to measure keys and values", found="others", next_step=step)
+    return logits.float().softmax(-1)
+
+
+def _places(decoder: Decoder, start: int) -> Tensor:
+    """[rows, 1]: the position id at which each row begins, all over the context."""
+    last = max(start, (decoder.context_length or _UNBOUNDED) - _TOKENS)
+    return torch.linspace(start, last, _TEXTS).long()[:, None]
 
 
 def _begun(model: PreTrainedModel, prefix: KeyValuePrefix | None) -> tuple[DynamicCache, int]:
@@ -75,8 +108,7 @@ def _begun(model: PreTrainedModel, prefix: KeyValuePrefix | None) -> tuple[Dynam
 
 def save_scales(scales: CacheScales, path: Path) -> None:
     """Write the file that serving reads."""
-    tensors = map(torch.from_numpy, scales.tensors)
-    save_file(dict(zip(scale_names(len(scales.tensors) // 2), tensors, strict=True)), path)
+    np.savez(path, **dict(zip(scale_names(len(scales.tensors) // 2), scales.tensors, strict=True)))  # type: ignore[arg-type]
 
 
 def in_eight_bits(new: Tensor, scale: Tensor) -> Tensor:
@@ -99,7 +131,7 @@ class RoundedCache(DynamicCache):  # type: ignore[misc]
 
 
 class _RoundedLayer(DynamicLayer):  # type: ignore[misc]
-    def __init__(self, scales: Sequence[np.ndarray[Any, Any]]) -> None:
+    def __init__(self, scales: Sequence[Array]) -> None:
         super().__init__()
         self.scales = [torch.from_numpy(scale) for scale in scales]
 

@@ -14,7 +14,7 @@ from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.backbones.load import load_backbone
-from prefixkit.backbones.onednn import multiply_by_onednn
+from prefixkit.backbones.onednn import multiply_by_onednn, multiply_by_torch
 from prefixkit.backbones.recomputation import recompute
 from prefixkit.backbones.sharding import shard
 from prefixkit.backbones.short_attention import attend_short_rows
@@ -98,8 +98,8 @@ def prepare(
     _refuse_deltas(config)
     backbone = backbone or loaded(config, group)
     fuse_activations(backbone.model)
-    if config.compile != "on":
-        multiply_by_onednn(backbone.model)
+    # A backbone may come from another run.
+    (multiply_by_torch if config.compile == "on" else multiply_by_onednn)(backbone.model)
     if uses_registry(backbone.model):
         attend_short_rows(backbone.model)
     if config.gradient_checkpointing:
