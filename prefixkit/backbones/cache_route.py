@@ -25,7 +25,7 @@ def through_cache(model: PreTrainedModel, prefix: KeyValuePrefix, tokens: Tensor
     cache = DynamicCache() if cache is None else cache
     past = cache.get_seq_length()
     if past == 0:
-        _fill(cache, prefix, tokens, model.dtype)
+        fill(cache, prefix, tokens, model.dtype)
         past = prefix.length
     if mask is None:
         mask = torch.ones(batch, past - prefix.length + seq, dtype=torch.long, device=tokens.device)
@@ -62,7 +62,8 @@ def forget_cache(module: nn.Module, arguments: Any, keywords: dict[str, Any], ou
         output.past_key_values = None
 
 
-def _fill(cache: DynamicCache, prefix: KeyValuePrefix, tokens: Tensor, dtype: torch.dtype) -> None:
+def fill(cache: DynamicCache, prefix: KeyValuePrefix, tokens: Tensor, dtype: torch.dtype) -> None:
+    """Put `prefix` into an empty cache, before each row of `tokens` [batch, seq]."""
     for layer, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         key, value = (part.to(tokens.device, dtype).expand(tokens.shape[0], -1, -1, -1) for part in pair)
         cache.update(key, value, layer)

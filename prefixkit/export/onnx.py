@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,7 +122,7 @@ def export_onnx(
     """
     _check_options(dtype, baked, weights, prefix, target)
     _check_quantize(quantize, weights, target)
-    _check_kv_cache(kv_cache, target)
+    _check_rounding("--kv-cache", kv_cache, KINDS, target)
     loaded = load(prefix) if isinstance(prefix, (str, Path)) else prefix
     export = _export(loaded, backbone, dtype, baked, target, quantize, kv_cache)
     stages = _Progress(progress)
@@ -204,25 +204,21 @@ def _check_options(dtype: str, baked: bool, weights: str | None, prefix: object,
         raise ConfigError("--baked", expected="a prefix to bake", found="none", next_step="name the prefix file")
 
 
+def _check_rounding(option: str, kind: str | None, known: Iterable[str], target: str) -> None:
+    """Raise ConfigError for a way to round that is unknown, or for another target than `cuda`."""
+    if kind is not None and kind not in known:
+        raise ConfigError(option, expected=" or ".join(known), found=repr(kind))
+    if kind is not None and target != "cuda":
+        raise ConfigError(option, expected="--target cuda", found=f"--target {target}")
+
+
 def _check_quantize(quantize: str | None, weights: str | None, target: str) -> None:
-    if quantize is None:
-        return
-    if quantize not in BITS:
-        raise ConfigError("--quantize", expected=" or ".join(BITS), found=repr(quantize))
-    if target != "cuda":
-        raise ConfigError("--quantize", expected="--target cuda", found=f"--target {target}")
-    if weights == "checkpoint":
+    _check_rounding("--quantize", quantize, BITS, target)
+    if quantize is not None and weights == "checkpoint":
         step = "leave --weights out"
         raise ConfigError(
             "--quantize", expected="rounded weights in a file of their own", found=weights, next_step=step
         )
-
-
-def _check_kv_cache(kv_cache: str | None, target: str) -> None:
-    if kv_cache is not None and kv_cache not in KINDS:
-        raise ConfigError("--kv-cache", expected=" or ".join(KINDS), found=repr(kv_cache))
-    if kv_cache is not None and target != "cuda":
-        raise ConfigError("--kv-cache", expected="--target cuda", found=f"--target {target}")
 
 
 def _verified(export: Export, folder: Path) -> tuple[CaseResult, ...]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from prefixkit.backbones.cache_route import fill
 from prefixkit.backbones.deltas import changed
 from prefixkit.export.wrapper import takes_positions
 from prefixkit.injections import KeyValuePrefix, ParameterDelta
@@ -175,11 +176,10 @@ def _as_exported(prefix: KeyValuePrefix | None, dtype: torch.dtype) -> KeyValueP
 @torch.no_grad()
 def _alone(model: PreTrainedModel, row: list[int], prefix: KeyValuePrefix | None, cache: DynamicCache) -> Array:
     length = prefix.length if prefix is not None else 0
-    if prefix is not None:
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(key[None].to(model.device, model.dtype), value[None].to(model.device, model.dtype), layer)
     start = prefix.positions.text_start if prefix is not None else 0
     tokens = torch.tensor([row], device=model.device)
+    if prefix is not None:
+        fill(cache, prefix, tokens, model.dtype)
     positions = torch.arange(start, start + len(row), device=model.device)[None]
     keywords = {"position_ids": positions} if takes_positions(model) else {}
     mask = torch.ones(1, length + len(row), dtype=torch.long, device=model.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from prefixkit.backbones.cache_route import fill
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import InputError
@@ -70,17 +71,19 @@ def _kept(cache: DynamicCache) -> list[Array]:
 def _written(decoder: Decoder, model: PreTrainedModel, prefix: KeyValuePrefix | None) -> DynamicCache:
     """The cache behind rows of which `model` has drawn the first half, all of which start with any token."""
     generator = torch.Generator(model.device).manual_seed(_SEED)
-    cache, start = _begun(model, prefix)
-    places = _places(decoder, start)
     words: dict[str, Any] = {"device": model.device, "generator": generator}
-    size, newest = model.config.get_text_config().vocab_size, None
+    size, half = model.config.get_text_config().vocab_size, _TEXTS // 2
+    cache, start, given = DynamicCache(), 0, torch.randint(size, (_TEXTS, 1), **words)
+    if prefix is not None:
+        fill(cache, prefix, given, model.dtype)
+        start = prefix.positions.text_start
+    places = _places(decoder, start)
     for step in range(min(_TOKENS, (decoder.context_length or start + _TOKENS) - start)):
-        given = torch.randint(size, (_TEXTS, 1), **words)
-        given = given if newest is None else torch.cat([newest[: _TEXTS // 2], given[_TEXTS // 2 :]])
         mask = torch.ones(_TEXTS, cache.get_seq_length() + 1, dtype=torch.long, device=model.device)
         keywords = {"position_ids": (places + step).to(model.device)} if takes_positions(model) else {}
         logits = model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **keywords).logits
         newest = torch.multinomial(_shares(logits[:, -1], model.config.model_type), 1, generator=generator)
+        given = torch.cat([newest[:half], torch.randint(size, (_TEXTS, 1), **words)[half:]])
     return cache
 
 
@@ -95,15 +98,6 @@ def _places(decoder: Decoder, start: int) -> Tensor:
     """[rows, 1]: the position id at which each row begins, all over the context."""
     last = max(start, (decoder.context_length or _UNBOUNDED) - _TOKENS)
     return torch.linspace(start, last, _TEXTS).long()[:, None]
-
-
-def _begun(model: PreTrainedModel, prefix: KeyValuePrefix | None) -> tuple[DynamicCache, int]:
-    cache = DynamicCache()
-    if prefix is None:
-        return cache, 0
-    for layer, pair in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        cache.update(*(each.to(model.device, model.dtype).expand(_TEXTS, -1, -1, -1) for each in pair), layer)
-    return cache, prefix.positions.text_start
 
 
 def save_scales(scales: CacheScales, path: Path) -> None:
