@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
+from prefixkit.backbones.attachment import Attachment, FixedPrefix, MakesPrefix
 from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixkit.backbones.attach import Attachment, FixedPrefix, MakesPrefix
+from prefixkit.backbones.attachment import Attachment, FixedPrefix, MakesPrefix
 from prefixkit.backbones.attention import look
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.deltas import changed

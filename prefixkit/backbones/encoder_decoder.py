@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prefixkit.backbones.attach import one_for_all
+from prefixkit.backbones.attachment import one_for_all
 from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.pair import NO_POSITIONS as NO_POSITIONS
 from prefixkit.backbones.pair import refuse_positions

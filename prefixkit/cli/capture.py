@@ -31,8 +31,8 @@ def capture(
     from prefixkit.cli.training_display import quiet_transformers
     from prefixkit.prefix import save
     from prefixkit.training import capture as capturing
+    from prefixkit.training.loading import device as chosen
     from prefixkit.training.output import check_output
-    from prefixkit.training.preparation import device as chosen
 
     quiet_transformers()
     check_output(output, [Path(text), Path(task)], backbone)

@@ -128,7 +128,7 @@ def _fitting(
     from prefixkit.backbones.load import load_backbone
     from prefixkit.prefix import matches
     from prefixkit.task import check_task, load_tokenizer
-    from prefixkit.training.preparation import device as chosen
+    from prefixkit.training.loading import device as chosen
 
     device, dtype, quantize = how
     if quantize is not None:

@@ -32,8 +32,8 @@ def self_study(
     from prefixkit.methods.document import read_document
     from prefixkit.task import load_tokenizer
     from prefixkit.training import self_study as study
+    from prefixkit.training.loading import device as chosen
     from prefixkit.training.output import check_output
-    from prefixkit.training.preparation import device as chosen
 
     quiet_transformers()
     check_output(output, [document], backbone)

@@ -6,18 +6,17 @@ stand in one batch without padding between. What lies behind a row's newest toke
 - `scattered`: TensorScatter and Attention of opset 24 (ONNX 1.19), for any number of new tokens; layers with a sliding
   window or a soft cap are given a mask.
 - `grouped`: onnxruntime's GroupQueryAttention, which rotates, writes and attends in one, to the used slots alone; for
-  one new token a row, or any number in a single row.
+  one new token a row, or any number in a single row; see `prefixkit.export.grouped_attention`.
 - `shared`: TensorScatter, and attention in pieces to the buffers and to a prefix beside them that rows share; see
   `prefixkit.export.shared_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from onnxscript.values import Opset
@@ -25,44 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from prefixkit.export.emitted import rotation_of
+from prefixkit.export.buffer_writing import KeyValue, Writing
+from prefixkit.export.grouped_attention import attend_grouped
 from prefixkit.export.rounded_cache import from_eight_bits, in_eight_bits
 from prefixkit.export.shared_attention import TRANSLATIONS as SHARED
 from prefixkit.export.shared_attention import attend_shared, visible_behind
 
-Form = Literal["scattered", "grouped", "shared"]
-KeyValue = tuple[Tensor, Tensor]
-"""A key and a value."""
 OPSET = 24
 _NAME = "prefixkit_buffers"
 _OP = Opset("", OPSET)
-_HEAD = 16
-"""What GroupQueryAttention wants the dimensions of a head to be a multiple of, if it is to rotate them."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Where the rows of a pass write.
-
-    Attributes:
-        form: the operators to use.
-        index: [batch], the slot of each row's first new token.
-        buffers: keys and values of each layer, [batch, kv_heads, capacity, head_dim].
-        shared: those of a prefix that rows share, [1, kv_heads, prefix, head_dim]; for the form `shared`.
-        seen: [batch], how many of its slots each row sees.
-        scales: of each layer's keys and values, [kv_heads, 1, head_dim]; none where buffers have the model's dtype.
-        written: by layer, the same with what is new; filled by the pass.
-    """
-
-    form: Form
-    index: Tensor
-    buffers: Sequence[KeyValue]
-    shared: Sequence[KeyValue] = ()
-    seen: Tensor | None = None
-    scales: Sequence[KeyValue] = ()
-    written: dict[int, KeyValue] = field(default_factory=dict)
-
-
 _WRITING: ContextVar[Writing] = ContextVar("writing")
 
 
@@ -153,7 +123,7 @@ def _attention(
     where, layer = _WRITING.get(), int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if where.form == "grouped":
-        return _grouped(where, layer, (query, key, value), scale, sliding_window, softcap or 0.0), None
+        return attend_grouped(where, layer, (query, key, value), scale, sliding_window, softcap or 0.0), None
     keys, values = _scattered(where, layer, (key, value))
     if where.seen is not None:
         given = _read(where, layer, where.shared[layer], query)
@@ -183,67 +153,6 @@ def _read(where: Writing, layer: int, kept: KeyValue, like: Tensor) -> KeyValue:
         return kept
     key, value = where.scales[layer]
     return from_eight_bits(kept[0], key, like), from_eight_bits(kept[1], value, like)
-
-
-def _grouped(
-    where: Writing, layer: int, new: tuple[Tensor, Tensor, Tensor], scale: float, window: int | None, softcap: float
-) -> Tensor:
-    (batch, heads, seq, dim), kv_heads = new[0].shape, new[1].shape[1]
-    keys, values = where.buffers[layer]
-    turns, unrotated = _turns(new[0], new[1], keys.shape[2])
-    more, kinds = _rounding(where, layer, turns)
-    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in (*unrotated, new[2]))
-    found, *written = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (query, key, value, keys, values, (where.index + (seq - 1)).to(torch.int32), _capacity(keys), *more),
-        {
-            "do_rotary": int(bool(turns)),
-            "num_heads": heads,
-            "kv_num_heads": kv_heads,
-            "scale": scale,
-            "softcap": softcap,
-            "local_window_size": -1 if window is None else window,
-            **kinds,
-        },
-        dtypes=(query.dtype, keys.dtype, values.dtype),
-        shapes=(query.shape, keys.shape, values.shape),
-        version=1,
-    )
-    where.written[layer] = (written[0], written[1])
-    return found.view(batch, seq, heads, dim)
-
-
-def _turns(query: Tensor, key: Tensor, capacity: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """What GroupQueryAttention rotates by, and what it is to rotate: nothing, and both as they are, where it cannot.
-
-    Its tables of cosines and sines have to have as many lines as a buffer has slots. There is one for each token,
-    made for its position in this pass, so that no position is without; those behind are never looked at.
-    """
-    rotated, other = rotation_of(query), rotation_of(key)
-    if rotated is None or other is None or query.shape[-1] % _HEAD or rotated.cos.shape[-1] % (_HEAD // 2):
-        return (), (query, key)
-    batch, seq, half = rotated.cos.shape
-    tokens = torch.arange(batch * seq, device=query.device)
-    lines = torch.cat([tokens, tokens.new_zeros(capacity)])
-    tables = [turn.reshape(-1, half).index_select(0, lines) for turn in (rotated.cos, rotated.sin)]
-    return (*tables, tokens.view(batch, seq)), (rotated.before, other.before)
-
-
-def _rounding(
-    where: Writing, layer: int, turns: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """The last inputs of GroupQueryAttention, from those that it rotates by on, and what it is told of scales."""
-    if not where.scales:
-        return turns, {}
-    key, value = (scale[None] for scale in where.scales[layer])
-    kinds = {f"{which}_quant_type": "PER_CHANNEL" for which in ("k", "v")}
-    # Between them it would take a bias and sinks.
-    return (*(turns or (None, None, None)), None, None, key, value), {**kinds, "kv_cache_bit_width": 8}
-
-
-def _capacity(buffer: Tensor) -> Tensor:
-    """The length of a buffer, as GroupQueryAttention wants it."""
-    return torch.full((1,), buffer.shape[2], dtype=torch.int32)
 
 
 def visible(index: Tensor, seq: int, capacity: int, window: int | None) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixkit.export.buffer_attention import OPSET, TRANSLATIONS, Form, tensor_scatter
+from prefixkit.export.buffer_attention import OPSET, TRANSLATIONS, tensor_scatter
+from prefixkit.export.buffer_writing import Form
 from prefixkit.export.buffered_wrapper import BufferedDecoder
 from prefixkit.export.emitted import TRANSLATIONS as WHOLE
 from prefixkit.export.fused import fuse

@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prefixkit.backbones.positions import takes_positions
-from prefixkit.export.buffer_attention import Form, Writing, writing
+from prefixkit.export.buffer_attention import writing
+from prefixkit.export.buffer_writing import Form, Writing
 from prefixkit.serving.cache_scales import CacheScales
 
 

@@ -13,25 +13,22 @@ from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.fused import fuse_activations
 from prefixkit.backbones.identity import memory_digest
-from prefixkit.backbones.load import load_backbone
 from prefixkit.backbones.onednn import multiply_by_onednn, multiply_by_torch
 from prefixkit.backbones.recomputation import recompute
-from prefixkit.backbones.sharding import shard
 from prefixkit.backbones.short_attention import attend_short_rows
-from prefixkit.backbones.vision import VisionEncoder
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.errors import ConfigError
-from prefixkit.format.consistency import ends_in_slot
 from prefixkit.format.manifest import TaskRecord
 from prefixkit.injections import Injection
 from prefixkit.methods.catalogue import METHODS
 from prefixkit.methods.method import Method
 from prefixkit.prefix import Prefix
-from prefixkit.task import ModelTokenizer, image_task, load_task, load_tokenizer, slots_of
 from prefixkit.training import layout
 from prefixkit.training.config import TrainConfig, files_of
 from prefixkit.training.examples import Data, with_labels
+from prefixkit.training.fitting import in_slots, on_backbone, task_on
 from prefixkit.training.heap import Heap, trimmer
+from prefixkit.training.loading import loaded
 from prefixkit.training.material import material_for
 from prefixkit.training.objectives import AmongLabels, Distillation, Objective, next_token
 from prefixkit.training.output import check_output
@@ -104,9 +101,9 @@ def prepare(
         attend_short_rows(backbone.model)
     if config.gradient_checkpointing:
         recompute(backbone.model)
-    config = _for_backbone(config, backbone)
-    task, tokenizer = _task(config, backbone)
-    config = _in_slots(config, task)
+    config = on_backbone(config, backbone)
+    task, tokenizer = task_on(config, backbone)
+    config = in_slots(config, task)
     examples = data.read(config.data, task)
     task = with_labels(task, examples, config.data)
     encoded = data.encode(task, tokenizer, backbone, examples)
@@ -146,82 +143,12 @@ def prepare(
     )
 
 
-def loaded(config: TrainConfig, group: Group = ALONE) -> Backbone:
-    """The backbone of a run, or this process's share of it.
-
-    Raises:
-        BackboneError: it cannot be read, or is of no known kind.
-        ConfigError: it cannot be quantised here, or spread.
-    """
-    _check_shard(config, group)
-    where = device(config.device)
-    if not config.shard:
-        return load_backbone(config.backbone, device=where, dtype=config.dtype, quantize=config.quantize)
-    backbone = load_backbone(config.backbone, dtype=config.dtype)
-    shard(backbone, where)
-    return backbone
-
-
 def _refuse_deltas(config: TrainConfig) -> None:
     """Raise ConfigError for deltas on rounded parameters: they would make up for the rounding, not for the task."""
     if config.quantize is not None and METHODS[config.method.name].injection == "parameter_delta":
         step = "leave --quantize out, or use --method prefix-tuning"
         expected = "a method that leaves the parameters of a quantized backbone alone"
         raise ConfigError("--quantize", expected=expected, found=config.method.name, next_step=step)
-
-
-def _check_shard(config: TrainConfig, group: Group) -> None:
-    """Raise ConfigError for a backbone that is to be spread and cannot."""
-    if config.shard and group.size == 1:
-        step = "start it with torchrun, or leave it out"
-        raise ConfigError("shard", expected="processes to spread the backbone over", found="one", next_step=step)
-    if config.shard and METHODS[config.method.name].injection == "parameter_delta":
-        found, step = f"--method {config.method.name}", "leave it out"
-        raise ConfigError("shard", expected="a method beside the weights", found=found, next_step=step)
-
-
-def _task(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelTokenizer | None]:
-    """What the run is to read and write, and with which tokenizer; images have none."""
-    if isinstance(backbone, VisionEncoder):
-        if config.task not in ("text", "images"):
-            raise ConfigError("--task", expected="images, on an encoder of images", found=repr(config.task))
-        return image_task(backbone.folder, int(backbone.model.config.num_channels)), None
-    tokenizer = load_tokenizer(backbone.folder)
-    room = room_for_text(backbone, config.method.length)
-    task = load_task(config.task, tokenizer, max_length=room, kind=backbone.kind)
-    _check_slots(config.method.name, task)
-    filler = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.named_id("sep_token")
-    return replace(task, filler_id=filler if task.filler_id is None else task.filler_id), tokenizer
-
-
-def _check_slots(method: str, task: TaskRecord) -> None:
-    """Raise ConfigError for slots that a method does not fill or could be read at, or for none where it needs some."""
-    slots, needs = slots_of(task), METHODS[method].slots
-    if slots and needs == "none":
-        step = f"use --method {' or '.join(name for name, entry in METHODS.items() if entry.slots != 'none')}"
-        raise ConfigError(f"--method {method}", expected="a task without slots", found=f"{slots}", next_step=step)
-    if not slots and needs == "needed":
-        step = 'write {slot} into its templates, such as "{cls}{text}{slot}{slot}{mask}{slot}"'
-        raise ConfigError(f"--method {method}", expected="a task with slots", found="none", next_step=step)
-    if slots and METHODS[method].injection == "key_value_prefix" and ends_in_slot(task.separator):
-        expected, step = "a separator that ends in text", r'write it behind the slots, such as "{slot}{slot}\n"'
-        raise ConfigError(f"task {task.name}", expected=expected, found=repr(task.separator), next_step=step)
-
-
-def _in_slots(config: TrainConfig, task: TaskRecord) -> TrainConfig:
-    """`config` with a vector for each slot of the task, where it has some.
-
-    Raises:
-        ConfigError: a length that was asked for and is another one.
-    """
-    slots = slots_of(task)
-    if not slots:
-        return config
-    method: Any = config.method
-    if method.length not in (slots, type(method).length):
-        step = f"leave --length out, or write {{slot}} {method.length} times"
-        raise ConfigError("--length", expected=f"{slots}, a vector a slot", found=str(method.length), next_step=step)
-    return replace(config, method=replace(method, length=slots))
 
 
 def _objective(
@@ -240,52 +167,6 @@ def _objective(
     if task.answer is not None:
         return answer_loss
     return next_token if teacher is None else Distillation(teacher, top)
-
-
-def device(choice: str) -> str:
-    """`auto` is CUDA where there is one. Raises ConfigError for `cuda` without one."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", expected="a CUDA device", found="none", next_step="use --device cpu")
-    return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _for_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
-    """`config` with the method's settings as they are on this kind of backbone.
-
-    Raises:
-        ConfigError: the method, or a setting of it, is for another kind.
-    """
-    entry = METHODS[config.method.name]
-    if backbone.kind not in entry.backbones:
-        fitting = " or ".join(name for name, other in METHODS.items() if backbone.kind in other.backbones)
-        raise ConfigError(
-            f"--method {entry.name}",
-            expected=f"a backbone of the kind {' or '.join(entry.backbones)}",
-            found=f"{backbone.identity.family}, of the kind {backbone.kind}",
-            next_step=f"use --method {fitting}",
-        )
-    in_embeddings = entry.slots != "none" and entry.injection != "key_value_prefix"
-    if in_embeddings and backbone.model.get_input_embeddings().embedding_dim != backbone.hidden_size:
-        # ELECTRA's small models: a file states one width for tokens and states.
-        expected = f"token vectors as wide as the states, {backbone.hidden_size}"
-        found, step = str(backbone.vocabulary.shape[1]), "use --method p-tuning-v2"
-        raise ConfigError(f"--method {entry.name}", expected=expected, found=found, next_step=step)
-    return replace(config, method=config.method.on(backbone.kind))
-
-
-def room_for_text(backbone: Backbone, length: int) -> int:
-    """Tokens of text that fit behind a prefix of `length`.
-
-    Raises:
-        ConfigError: the prefix alone fills the context.
-        BackboneError: a sliding window would swallow the prefix.
-    """
-    room = backbone.room_for_text(length)
-    if room is not None and room <= 1:
-        expected = f"a prefix shorter than the context of {backbone.context_length} tokens"
-        raise ConfigError("--length", expected=expected, found=str(length))
-    # Without a stated context (ALiBi, T5) a limit still keeps one stray example from filling the memory.
-    return room if room is not None else 2048
 
 
 def _held_out(config: TrainConfig, task: TaskRecord, data: Data) -> list[Any]:

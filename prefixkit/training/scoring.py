@@ -17,11 +17,11 @@ from prefixkit.training import evaluation
 from prefixkit.training.classification import chosen, label_scores
 from prefixkit.training.cloze import mixed, ranks, word_scores
 from prefixkit.training.examples import collate_for, encode, read
-from prefixkit.training.loop import mean_loss
 from prefixkit.training.metrics.classification import classification_scores
 from prefixkit.training.metrics.ranking import ranking_scores
 from prefixkit.training.objectives import Objective, next_token
 from prefixkit.training.reading import answer_loss, answers, named, scores_of
+from prefixkit.training.validation import mean_loss
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """What shows how far work of a name and a size has come."""

@@ -21,7 +21,8 @@ from prefixkit.training.config import recorded
 from prefixkit.training.examples import Data
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import between_steps
-from prefixkit.training.preparation import Prepared, loaded, prepare
+from prefixkit.training.loading import loaded
+from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence, Step, Validation
 from prefixkit.training.shared_store import engine, opened

@@ -21,11 +21,12 @@ from prefixkit.training.examples import Data, collate_for
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.layout import packs
+from prefixkit.training.loading import loaded
 from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
-from prefixkit.training.preparation import loaded
 from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
+from prefixkit.training.validation import validate
 from prefixkit.training.warm_up import warm_up
 
 BEST = "best.safetensors"
@@ -223,7 +224,7 @@ def _halve(found: Sequence[Trial], keep: Callable[[], None]) -> None:
         return
     for trial in live:
         if trial.state.validated != trial.state.step:
-            loop.validate(trial.prepared, trial.state, Silence())
+            validate(trial.prepared, trial.state, Silence())
     ranked = sorted(live, key=lambda trial: trial.score)
     kept = -(-len(ranked) // 2)
     for trial in ranked[kept:]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from prefixkit.data.batches import EncodedExample, collate, in_order
-from prefixkit.training import loop
+from prefixkit.training.validation import mean_loss
 from tests.bench.contenders import Ours, Peer
 from tests.bench.fresh import build
 from tests.bench.rounds import Row, compare
@@ -128,7 +128,7 @@ def validation_loss(built: Ours | Peer, rows: Sequence[EncodedExample], batch_si
         prepared = built.prepared
         received = prepared.backbone.fold(prepared.method.fold())
         making = (batch_size, prepared.objective, prepared.batches.collate)
-        return loop.mean_loss(prepared.backbone, list(rows), received, *making)
+        return mean_loss(prepared.backbone, list(rows), received, *making)
     total, tokens = 0.0, 0
     for batch in in_order(rows, batch_size=batch_size, collate=collate):
         given: Any = batch.to(built.device)

@@ -17,7 +17,7 @@ from prefixkit.backbones.kept import Kept
 from prefixkit.cli import run as prefixkit
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
-from prefixkit.training import checkpoint, loop, memory, side_by_side
+from prefixkit.training import checkpoint, loop, memory, side_by_side, validation
 from prefixkit.training.free_memory import available, free_memory, left_in_group
 from prefixkit.training.memory import Estimate, estimate
 from prefixkit.training.preparation import Prepared, prepare
@@ -221,7 +221,7 @@ def test_running_out_in_a_validation_does_it_again(
     straight, broken = (settings(backbone_folder("gpt2"), records, tmp_path / name) for name in ("one", "two"))
     loop.train(straight)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "mean_loss", failing(loop.mean_loss, ERRORS[0], 2))
+        patched.setattr(validation, "mean_loss", failing(validation.mean_loss, ERRORS[0], 2))
         with pytest.raises(ConfigError, match="found none left"):
             loop.train(broken)
     loop.train(broken, resume=True)
