@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from prefixkit.backbones.attachment import Attachment, FixedPrefix, MakesPrefix
@@ -18,6 +19,7 @@ from prefixkit.backbones.backbone import Backbone, without_habits
 from prefixkit.backbones.deltas import changed
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import refuse_swallowed
+from prefixkit.backbones.onednn import filling
 from prefixkit.backbones.packed import masks
 from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.backbones.slots import filled, in_slots, infix_of, numbered, refuse_infix
@@ -170,8 +172,11 @@ class Decoder(Backbone):
         """
         chosen = (labels != -100).roll(-1, dims=1)
         chosen[:, -1] = False
-        read = slice(None) if isinstance(prefix, PackedPrefixes) else slice(-1)
-        return self.logits_where(chosen[:, read], input_ids[:, read], attention_mask[:, read], prefix)
+        if isinstance(prefix, PackedPrefixes):
+            return self.logits_where(chosen, input_ids, attention_mask, prefix)
+        more = filling(self.model, len(labels), labels.shape[1] - 1) - 1
+        chosen, input_ids, attention_mask = (F.pad(each, (0, more)) for each in (chosen, input_ids, attention_mask))
+        return self.logits_where(chosen, input_ids, attention_mask, prefix)
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:

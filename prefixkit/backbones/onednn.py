@@ -98,6 +98,18 @@ def filled(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def filling(model: nn.Module, rows: int, columns: int) -> int:
+    """How many more columns would give a batch as many rows of states as products with `model` are made of; else 0.
+
+    Filled up once, nothing is filled up by every product.
+    """
+    states = rows * columns
+    missing = filled(states) - states
+    if states < LEAST or missing % rows or not any(type(module) in _OURS.values() for module in model.modules()):
+        return 0
+    return missing // rows
+
+
 @cache
 def works() -> bool:
     """Whether this machine and this torch have the operator, and it multiplies."""

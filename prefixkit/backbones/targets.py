@@ -51,10 +51,11 @@ class Targets:
     frozen: bool = True
 
     def parts(self, elements: int | None = None) -> Iterator[slice]:
-        """The targets, in parts whose logits are not more than `elements`, or the device's (but at least a token's)."""
-        size = max(1, (elements or most(self.states.device, self.vocabulary)) // self.vocabulary)
-        for begin in range(0, len(self.states), size):
-            yield slice(begin, min(begin + size, len(self.states)))
+        """The targets, in about equal parts, whose logits are at most `elements`, or the device's, or a token's."""
+        largest = max(1, (elements or most(self.states.device, self.vocabulary)) // self.vocabulary)
+        count = -(-len(self.states) // largest)
+        for part in range(count):
+            yield slice(*(len(self.states) * end // count for end in (part, part + 1)))
 
     def summed(self, loss_of: LossOf, elements: int | None = None) -> Tensor:
         """The sum of `loss_of` over all targets: the value and the gradient of all logits at once."""

@@ -136,6 +136,27 @@ def test_numbers_of_rows_are_few(rows: list[int]) -> None:
     assert all(number <= onednn.filled(number) < number + max(onednn.STEP, number // 15) for number in range(1, 9999))
 
 
+def test_a_batch_is_filled_up_once() -> None:
+    model = by_onednn(nn.Linear(2, 2))
+    assert [onednn.filling(model, 16, columns) for columns in (70, 71, 72, 129, 131)] == [2, 1, 0, 7, 5]
+    assert onednn.filling(model, 15, 71) == 0  # no number of columns is the one that products want
+    assert onednn.filling(model, 16, 1) == 0
+    assert onednn.filling(nn.Linear(2, 2), 16, 71) == 0
+
+
+def test_a_batch_that_was_filled_up_has_the_same_logits(rows: list[int]) -> None:
+    decoder = wrap(tiny("gpt2").requires_grad_(False))
+    batch = labelled(padded([*prompts(), *prompts(), *prompts()[:2]], "right"))
+    seen: list[tuple[int, ...]] = []
+    decoder.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    expected = decoder.target_logits(**batch)
+    onednn.multiply_by_onednn(decoder.model)
+    found = decoder.target_logits(**batch)
+    assert [shape for shape in seen if shape[0] == 8] == [(8, 22), (8, 24)]  # before it, a look at the model
+    assert set(rows) == {8 * 24, onednn.filled(len(found))}
+    assert apart([found], [expected]) <= 1e-4
+
+
 @pytest.mark.parametrize("exchange", [False, True])
 def test_a_weight_that_changed_is_not_multiplied_as_it_was(exchange: bool, rows: list[int]) -> None:
     model = by_onednn(nn.Linear(8, 4, bias=False))

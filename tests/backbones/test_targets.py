@@ -67,20 +67,25 @@ def test_decoders(family: str) -> None:
     assert max(seen) == ROWS
 
 
+def parts_of(tokens: int, vocabulary: int) -> list[int]:
+    """How many tokens each part has, all of them together once."""
+    parts = list(Targets(torch.zeros(tokens, 1), lambda states: states, vocabulary).parts())
+    assert [token for part in parts for token in range(tokens)[part]] == list(range(tokens))
+    return [len(range(tokens)[part]) for part in parts]
+
+
 def test_parts_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = Targets(torch.zeros(1000, 1), lambda states: states, 1 << 17)
-    assert [len(range(1000)[part]) for part in targets.parts()] == [128] * 7 + [104]
+    assert parts_of(1000, 1 << 17) == [125] * 8
     # A CPU in the place of a GPU.
-    monkeypatch.setitem(ELEMENTS, "cpu", most(torch.device("cuda"), targets.vocabulary))
-    assert [len(range(1000)[part]) for part in targets.parts()] == [512, 488]
+    monkeypatch.setitem(ELEMENTS, "cpu", most(torch.device("cuda"), 1 << 17))
+    assert parts_of(1000, 1 << 17) == [500] * 2
 
 
 def test_parts_hold_no_more_tokens_than_enough() -> None:
-    lengths = {
-        vocabulary: len(range(1000)[next(Targets(torch.zeros(1000, 1), lambda states: states, vocabulary).parts())])
-        for vocabulary in (1 << 13, 1 << 15, 1 << 18)
-    }
-    assert lengths == {1 << 13: 512, 1 << 15: 512, 1 << 18: 64}
+    assert parts_of(1024, 1 << 13) == parts_of(1024, 1 << 15) == [512] * 2
+    assert parts_of(1024, 1 << 18) == [64] * 16
+    assert parts_of(1025, 1 << 13) == [341, 342, 342]
+    assert parts_of(3, 1 << 30) == [1] * 3
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prefixkit import prefix
 from prefixkit.backbones import load
 from prefixkit.backbones.hidden import layers_of
-from prefixkit.training import loop, preparation, replicas
+from prefixkit.training import loading, loop, replicas
 from prefixkit.training.config import from_mapping
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.processes import Group, is_first, processes
@@ -64,7 +64,7 @@ def outcome(
     heard = Hearing()
     with (
         patch.object(replicas, "DistributedDataParallel", Dropped if dropped else DistributedDataParallel),
-        patch.object(preparation, "load_backbone", _doubled if double else load.load_backbone),
+        patch.object(loading, "load_backbone", _doubled if double else load.load_backbone),
         patch.object(loop, "save", _saved_singly),
     ):
         try:
