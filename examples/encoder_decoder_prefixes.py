@@ -36,10 +36,11 @@ from prefixkit.quickstart import E2E as SAMPLE
 from prefixkit.task import load_tokenizer
 from prefixkit.training import evaluation
 from prefixkit.training.config import EvaluationConfig, OptimizerConfig, TrainConfig, method_settings
-from prefixkit.training.loop import complete, mean_loss, schedule, set_rates
+from prefixkit.training.loop import complete, schedule, set_rates
 from prefixkit.training.objectives import next_token, reduced
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Silence
+from prefixkit.training.validation import mean_loss
 
 LENGTH, BATCH = 16, 16
 PREFIX = {"name": "prefix-tuning", "length": LENGTH}

@@ -33,8 +33,8 @@ from prefixkit.methods.prefix_tuning import PrefixTuning
 from prefixkit.quickstart import BACKBONE, E2E
 from prefixkit.task import load_task, load_tokenizer
 from prefixkit.training import evaluation
-from prefixkit.training.loop import mean_loss
 from prefixkit.training.objectives import next_token
+from prefixkit.training.validation import mean_loss
 
 SIZES = (50, 100, 200, 500)
 LENGTH, BATCH, TESTS = 10, 10, 60

@@ -32,9 +32,9 @@ from prefixkit.methods import initialization
 from prefixkit.methods.prefix_tuning import PrefixTuning, Settings
 from prefixkit.task import load_task, load_tokenizer
 from prefixkit.training import evaluation
-from prefixkit.training.loop import mean_loss
 from prefixkit.training.metrics import generation_scores
 from prefixkit.training.objectives import next_token
+from prefixkit.training.validation import mean_loss
 from tests.bench.e2e_templates import TEMPLATES
 
 VALIDATIONS = 8
