@@ -30,14 +30,7 @@ from prefixkit.backbones.positions import first_position, has_alibi, query_index
 from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
 from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError
-from prefixkit.injections import (
-    KeyValuePrefix,
-    KeyValuePrefixes,
-    PackedPrefixes,
-    Received,
-    RowPrefixes,
-    Several,
-)
+from prefixkit.injections import KeyValuePrefix, KeyValuePrefixes, PackedPrefixes, Received, RowPrefixes, Several
 
 NAME = "prefixkit"
 """The submodule of a model that holds a prefix which the caller attached."""

@@ -50,7 +50,7 @@ def task_on(config: TrainConfig, backbone: Backbone) -> tuple[TaskRecord, ModelT
             raise ConfigError("--task", expected="images, on an encoder of images", found=repr(config.task))
         return image_task(backbone.folder, int(backbone.model.config.num_channels)), None
     tokenizer = load_tokenizer(backbone.folder)
-    room = room_for_text(backbone, config.method.length)
+    room = _room_for_text(backbone, config.method.length)
     task = load_task(config.task, tokenizer, max_length=room, kind=backbone.kind)
     _check_slots(config.method.name, task)
     filler = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.named_id("sep_token")
@@ -87,7 +87,7 @@ def in_slots(config: TrainConfig, task: TaskRecord) -> TrainConfig:
     return replace(config, method=replace(method, length=slots))
 
 
-def room_for_text(backbone: Backbone, length: int) -> int:
+def _room_for_text(backbone: Backbone, length: int) -> int:
     """Tokens of text that fit behind a prefix of `length`.
 
     Raises:
