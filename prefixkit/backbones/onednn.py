@@ -68,9 +68,7 @@ def divides(module: nn.Module, chosen: Tensor) -> bool:
 
     Their results differ in the last place, so that a run must not take now the one and now the other.
     """
-    if not any(type(each) in _OURS.values() for each in module.modules()):
-        return False
-    return int(chosen.sum()) < LEAST <= chosen.numel()
+    return _is_ours(module) and int(chosen.sum()) < LEAST <= chosen.numel()
 
 
 def fits(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -105,7 +103,7 @@ def filling(model: nn.Module, rows: int, columns: int) -> int:
     """
     states = rows * columns
     missing = filled(states) - states
-    if states < LEAST or missing % rows or not any(type(module) in _OURS.values() for module in model.modules()):
+    if states < LEAST or missing % rows or not _is_ours(model):
         return 0
     return missing // rows
 
@@ -144,6 +142,11 @@ def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = torch.cat([flat, flat.new_zeros(more, flat.shape[1])])
     found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
     return found[:rows].view(*states.shape[:-1], -1)
+
+
+def _is_ours(model: nn.Module) -> bool:
+    """Whether a layer of `model` multiplies by oneDNN."""
+    return any(type(module) in _OURS.values() for module in model.modules())
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prefixkit import __version__
 from prefixkit.backbones.attach import stacks_of
+from prefixkit.backbones.attachment import NAME
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import is_encoder, windows
 from prefixkit.backbones.identity import identify, origin
@@ -40,7 +41,7 @@ def snapshot(
         BackboneError: nothing is attached, or the model was not loaded from a folder or the hub, so that the file could
             not say which weights it needs.
     """
-    attached = getattr(model, "prefixkit", None)
+    attached = getattr(model, NAME, None)
     if attached is None:
         raise BackboneError(model.config.model_type, expected="an attached prefix", found="none")
     injection = attached()
