@@ -23,11 +23,13 @@ from prefixkit.backbones.attention import (
     uses_registry,
 )
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
+from prefixkit.backbones.compiled import is_compiled
 from prefixkit.backbones.folding import fold
 from prefixkit.backbones.geometry import is_encoder, reader_of, refuse_untried
 from prefixkit.backbones.packed import Mask
 from prefixkit.backbones.positions import first_position, has_alibi, query_index, takes_positions
 from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
+from prefixkit.backbones.trie import Trie
 from prefixkit.backbones.weights import is_pair
 from prefixkit.errors import BackboneError
 from prefixkit.injections import KeyValuePrefix, KeyValuePrefixes, PackedPrefixes, Received, RowPrefixes, Several
@@ -72,6 +74,7 @@ class Attachment:
         slots: of keys and values in slots, [batch, prompt]: which of them stands at each token of the prompts that are
             read, from 0; -1 where none does. None for a prefix before the text.
         masks: of a packed row; None for any other.
+        trie: of a row of nodes; None for any other.
 
     Raises:
         BackboneError: the model has an attachment already, or its attention cannot be given a prefix.
@@ -82,6 +85,7 @@ class Attachment:
         self.model, self.method = model, method
         self.slots: Tensor | None = None
         self.masks: dict[int | None, Mask] | None = None
+        self.trie: Trie | None = None
         self.frozen: list[nn.Parameter] = []
         self._install()
         model.__dict__[ATTACHMENT] = self
@@ -95,6 +99,12 @@ class Attachment:
         self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.previous is None:
             self._hooks.append(decoder.register_forward_hook(forget_cache, with_kwargs=True))
+
+    @property
+    def reads_tries(self) -> bool:
+        """Whether a row of nodes would be read, and faster: on CUDA packed rows are in its place."""
+        by_torch = self.previous is not None and self.previous.endswith("sdpa") and self.places
+        return by_torch and self.model.device.type == "cpu" and not (self.model.training or is_compiled(self.model))
 
     def freeze(self) -> None:
         """Stop gradients into the backbone's parameters."""
@@ -131,6 +141,9 @@ class Attachment:
         if isinstance(prefix, PackedPrefixes):
             keywords.update(self._packed(prefix))
             return (), keywords
+        if self.trie is not None:
+            keywords.update(self._in_trie(prefix, self.trie))
+            return (), keywords
         index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
         lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
@@ -148,9 +161,21 @@ class Attachment:
             found, step = "a packed row", "use padded batches"
             raise BackboneError(self.model.config.model_type, expected="padded rows", found=found, next_step=step)
         injected = Injected(keys=prefix.keys, values=prefix.values, masks=self.masks)
+        return self._in_a_row(prefix.positions, injected)
+
+    def _in_trie(self, prefix: KeyValuePrefix | RowPrefixes | None, trie: Trie) -> dict[str, Any]:
+        """What the decoder is to be called with, to read a row of nodes."""
+        keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
+        lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
+        start: Any = prefix.positions.text_start if isinstance(prefix, KeyValuePrefix) else 0
+        start = prefix.starts[trie.owners] if isinstance(prefix, RowPrefixes) else start
+        places = torch.arange(trie.nodes.shape[1], device=trie.nodes.device)[None]
+        return self._in_a_row(trie.depths + start, Injected(keys, values, lengths, query_index=places, trie=trie))
+
+    def _in_a_row(self, positions: Tensor, injected: Injected) -> dict[str, Any]:
         # Given a mask of four dimensions the model makes none of its own; ours take its place.
-        stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=prefix.positions.device)
-        positions = prefix.positions + first_position(self.model)
+        stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
+        positions = positions + first_position(self.model)
         return {"position_ids": positions, "attention_mask": stand_in, KEYWORD: injected}
 
     def _slots(self, tokens: Any, keywords: dict[str, Any]) -> Tensor | None:

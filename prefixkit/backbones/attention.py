@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefixkit.backbones import short_attention
 from prefixkit.backbones.geometry import evaluating, one_input, reader_of
 from prefixkit.backbones.packed import Mask, attend
+from prefixkit.backbones.trie import Trie
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry
 
@@ -54,7 +55,8 @@ class Injected:
         slots: [batch, text], which of the keys and values stands at each token of the text so far, from 0; -1 at those
             that keep their own. None for keys and values before the text.
         masks: in a packed row, those of the layers with each sliding window, in the place of the model's own.
-        query_index: [batch, seq], how many real tokens of its row precede each query; None where nothing counts them.
+        trie: in a row of nodes, whose they are; None for any other.
+        query_index: [batch or 1, seq], how many real tokens of its row precede each query; None where none are counted.
         seen: where the layers that are handed this leave what they see, in the order of their work.
         cross: the same for the stack's cross-attention; None in a stack that has none.
     """
@@ -65,6 +67,7 @@ class Injected:
     slots: Tensor | None = None
     query_index: Tensor | None = None
     masks: Mapping[int | None, Mask] | None = None
+    trie: Trie | None = None
     seen: list[Seen] | None = None
     cross: Injected | None = None
 
@@ -183,6 +186,20 @@ def _own_eager(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **keywords)
 
 
+def _in_trie(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> Any:
+        trie = keywords.get(KEYWORD, Injected()).trie
+        if trie is None:
+            return attention(module, query, key, value, attention_mask, **keywords)
+        mask = trie.mask(keywords.get("sliding_window"))
+        attended, _ = attention(module, *map(trie.rows, (query, key, value)), mask, **keywords)
+        return trie.row(attended), None
+
+    return forward
+
+
 def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
@@ -226,7 +243,7 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
 _ATTENTION = {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], short_attention.NAME: short_attention.sdpa, "eager": _own_eager}
 # At import, not at `install`: a model that was pickled with a prefix finds its attention when it is read back.
 for _previous, _attention in _ATTENTION.items():
-    AttentionInterface.register(_NAME.format(_previous), _prefixed(_attention))
+    AttentionInterface.register(_NAME.format(_previous), _in_trie(_prefixed(_attention)))
     AttentionMaskInterface.register(_NAME.format(_previous), ALL_MASK_ATTENTION_FUNCTIONS[_previous])
 
 

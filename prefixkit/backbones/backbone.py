@@ -35,12 +35,15 @@ class Backbone(ABC):
         model: the `transformers` model, in eval mode, without gradients.
         folder: where it was loaded from.
         identity: what a prefix file says of it.
+        shares_beginnings: whether a decoder on a CPU reads what texts of a batch begin with only once; see
+            `prefixkit.backbones.trie`.
     """
 
     paired: ClassVar[bool]
     model: PreTrainedModel
     folder: Path
     identity: BackboneIdentity
+    shares_beginnings: bool = field(default=False, init=False)
     _output_known: bool | None = field(default=None, init=False, repr=False)
     """Whether we know what follows the output layer; None before it was needed."""
 
@@ -190,12 +193,16 @@ class Backbone(ABC):
         return self.model
 
     @contextmanager
-    def _logits_only_at(self, chosen: Tensor) -> Iterator[None]:
-        """Logits in a `with` block are [1, chosen, vocab]: those where `chosen` [batch, seq] is True."""
+    def _logits_only_at(self, chosen: Tensor, places: Tensor | None = None) -> Iterator[None]:
+        """Logits in a `with` block are [1, chosen, vocab]: those where `chosen` [batch, seq] is True.
+
+        Of a single row with `places` [tokens], some of them more than once, they are [1, tokens, vocab], of each place.
+        """
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
+        where: Tensor | tuple[int, Tensor] = chosen if places is None else (0, places)
         # In front of whatever else looks at what the head is given.
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen][None],), prepend=True)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][where][None],), prepend=True)
         try:
             with last_mlp_at(self.model, chosen):
                 yield

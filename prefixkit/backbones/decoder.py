@@ -23,6 +23,7 @@ from prefixkit.backbones.onednn import filling
 from prefixkit.backbones.packed import masks
 from prefixkit.backbones.positions import refuse_unplaceable
 from prefixkit.backbones.slots import filled, in_slots, infix_of, numbered, refuse_infix
+from prefixkit.backbones.trie import ENOUGH, Trie, trie
 from prefixkit.errors import BackboneError
 from prefixkit.format.manifest import LayerGeometry, Positions
 from prefixkit.injections import (
@@ -32,6 +33,7 @@ from prefixkit.injections import (
     PackedPrefixes,
     ParameterDelta,
     Received,
+    RowPrefixes,
     Several,
     TaskHead,
     joined,
@@ -122,6 +124,7 @@ class Decoder(Backbone):
                 yield self.model
         finally:
             self._attachment.method = self._attachment.slots = self._attachment.masks = None
+            self._attachment.trie = None
 
     def _numbered(self, ids: Tensor, made: KeyValuePrefix | None) -> Tensor | None:
         infix = infix_of(made)
@@ -174,9 +177,33 @@ class Decoder(Backbone):
         chosen[:, -1] = False
         if isinstance(prefix, PackedPrefixes):
             return self.logits_where(chosen, input_ids, attention_mask, prefix)
+        if beginnings := self._trie(chosen, input_ids, attention_mask, prefix):
+            return self._logits_in(beginnings, chosen, prefix)
         more = filling(self.model, len(labels), labels.shape[1] - 1) - 1
         chosen, input_ids, attention_mask = (F.pad(each, (0, more)) for each in (chosen, input_ids, attention_mask))
         return self.logits_where(chosen, input_ids, attention_mask, prefix)
+
+    def _trie(self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Received | None) -> Trie | None:
+        """The texts of a batch up to the last `chosen` token of each; None where they are read in padded rows."""
+        in_text = in_slots(prefix) is not None or infix_of(prefix) is not None
+        if in_text or not (self.shares_beginnings and self._attachment.reads_tries and chosen.any()):
+            return None
+        needed = chosen.int().flip(1).cummax(dim=1).values.flip(1).bool()
+        if not attention_mask[needed].all():
+            return None
+        groups = prefix.owner.tolist() if isinstance(prefix, RowPrefixes) else [0] * len(input_ids)
+        found = trie(input_ids, needed.sum(dim=1).clamp(min=1), groups)
+        found = found.filled(filling(self.model, 1, found.size))
+        return found if found.ids.numel() <= ENOUGH * input_ids[:, 1:].numel() else None
+
+    def _logits_in(self, beginnings: Trie, chosen: Tensor, prefix: Received | None) -> Tensor:
+        """`target_logits` where `chosen` [batch, seq] is True."""
+        places = beginnings.nodes[chosen[:, : beginnings.nodes.shape[1]]]
+        nodes = torch.zeros_like(beginnings.ids, dtype=torch.bool).index_fill_(1, places, True)
+        with self.injected(prefix, beginnings.ids) as model, self._logits_only_at(nodes, places):
+            self._attachment.trie = beginnings
+            logits: Tensor = model(input_ids=beginnings.ids, use_cache=False).logits
+        return logits[0]
 
     @torch.no_grad()
     def key_values_of(self, token_ids: list[int]) -> KeyValuePrefix:

@@ -22,12 +22,14 @@ class RowPrefixes:
         keys, values: one tensor a layer, [batch, kv_heads, prefix, head_dim].
         lengths: [batch], how many of the slots are a row's.
         starts: [batch], where its text starts counting.
+        owner: [batch], which prefix it is.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     lengths: Tensor
     starts: Tensor
+    owner: Tensor
 
     @property
     def length(self) -> int:
@@ -49,6 +51,7 @@ def row_prefixes(prefixes: Sequence[KeyValuePrefix], owner: Tensor) -> RowPrefix
         values=tuple(_rows(layer, longest, owner) for layer in zip(*(one.values for one in prefixes), strict=True)),
         lengths=lengths[owner],
         starts=starts[owner],
+        owner=owner,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.kept import Kept, kept
 from prefixkit.backbones.targets import ELEMENTS, most
 from prefixkit.methods.autoprompt import AutoPrompt
@@ -173,7 +174,18 @@ def _kept(prepared: Prepared, rows: int) -> Kept:
     def forward() -> Tensor:
         return prepared.objective(prepared.backbone, batch, prepared.method())
 
-    return kept(prepared.backbone.model, forward)
+    with _reading_apart(prepared.backbone):
+        return kept(prepared.backbone.model, forward)
+
+
+@contextmanager
+def _reading_apart(backbone: Backbone) -> Iterator[None]:
+    """In a `with` block rows share nothing, as those of a run may not, even where they are one and the same."""
+    shares, backbone.shares_beginnings = backbone.shares_beginnings, False
+    try:
+        yield
+    finally:
+        backbone.shares_beginnings = shares
 
 
 def _once_and_each_row(two: Kept, three: Kept) -> tuple[Kept, Kept]:

@@ -99,6 +99,7 @@ def prepare(
     (multiply_by_torch if config.compile == "on" else multiply_by_onednn)(backbone.model)
     if uses_registry(backbone.model):
         attend_short_rows(backbone.model)
+    backbone.shares_beginnings = config.layout == "auto"
     if config.gradient_checkpointing:
         recompute(backbone.model)
     config = on_backbone(config, backbone)

@@ -104,7 +104,7 @@ def setting_of(case: Case, options: argparse.Namespace, folder: Path) -> Setting
         device="cpu" if quick else case.device,
         dtype="float32" if quick else case.dtype,
         # Ours are packed where they would be on CUDA, also when that is only tried.
-        layout="packed" if case.device == "cuda" else "padded",
+        layout="packed" if case.device == "cuda" else "auto",
         compile=options.compile,
         recompute=case.recompute,
         threads=options.threads,

@@ -98,6 +98,23 @@ def test_autoprompt_finds_the_same_tokens(backbone_folder: Folder, records: Path
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_run_that_shares_beginnings_is_the_same(
+    backbone_folder: Folder, records: Path, tmp_path: Path, family: str
+) -> None:
+    heard = {}
+    for chosen in ("auto", "padded"):
+        heard[chosen] = Interrupted()
+        config = settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen)
+        loop.train(config, listener=heard[chosen])
+    auto, padded = heard["auto"], heard["padded"]
+    assert auto.losses == pytest.approx(padded.losses, abs=1e-5 * max(padded.losses))
+    assert auto.losses != padded.losses, "nothing was shared"
+    assert [one.loss for one in auto.validations] == pytest.approx([one.loss for one in padded.validations], rel=1e-5)
+    records_of = [load(tmp_path / chosen).manifest.provenance.config for chosen in ("auto", "padded")]
+    assert records_of[0] == records_of[1], "what is computed once is no part of what was trained"
+
+
 @pytest.mark.parametrize(("begun", "ended"), [("packed", "padded"), ("padded", "packed")])
 def test_a_run_may_be_resumed_in_the_other_layout(
     backbone_folder: Folder, records: Path, tmp_path: Path, begun: str, ended: str

@@ -36,8 +36,12 @@ KEEPS = [pair for pair in PAIRS if pair[0] != "linear-probe" and pair[1] in ("gp
 """No gradient goes from a probe into the layers, so that they keep nothing."""
 
 
-def measured(run: Prepared) -> int:
-    """The most bytes beside the weights in two steps, the second with the optimizer's state, on the longest rows."""
+def measured(run: Prepared, *, shares: bool = False) -> int:
+    """The most bytes beside the weights in two steps, the second with the optimizer's state, on the longest rows.
+
+    Rows of one and the same text stand for texts that share nothing, unless it `shares` what they have in common.
+    """
+    run.backbone.shares_beginnings = shares
     batches = run.batches
     most = min(batches.batch_size, len(batches.examples))
     longest = [min(batches.examples, key=len), *[max(batches.examples, key=len)] * (most - 1)]
@@ -54,6 +58,11 @@ def test_every_method_needs_what_is_estimated(method: str, family: str, checkpoi
     run = prepared(method, family, tmp_path, gradient_checkpointing=checkpointing, batch_size=8)
     needs = estimate(run)
     assert abs(needs.needed / measured(run) - 1) <= TOLERANCE
+
+
+def test_beginnings_that_are_shared_need_no_more(tmp_path: Path) -> None:
+    run = prepared("prefix-tuning", "gpt2", tmp_path, batch_size=8)
+    assert measured(run, shares=True) < measured(run)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

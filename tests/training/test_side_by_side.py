@@ -46,8 +46,11 @@ def parameters(run: side_by_side.Run) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in run.prepared.method.parameters()]
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    # Llama's norms work in float32, and round a sum of gradients otherwise than its parts.
+    [*((family, layout) for family in ("gpt2", "llama") for layout in ("padded", "packed")), ("gpt2", "auto")],
+)
 def test_gradients_equal_those_of_separate_runs(
     backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: str
 ) -> None:
