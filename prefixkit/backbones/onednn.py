@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prefixkit.backbones.laid_out import MOST, LaidOut, ordered, size
+
 LEAST = 256
 """Rows of states below which torch multiplies: filled up, they would be many more."""
 STEP = 32
@@ -29,38 +31,59 @@ _PLAIN = (Tensor, nn.Parameter)
 class FrozenLinear(nn.Linear):
     """A linear layer that multiplies by oneDNN while its weight is frozen, and as before whenever it is not."""
 
+    laid_out: LaidOut | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if not fits(input, self.weight, self.bias):
             return super().forward(input)
-        return multiplied(input, self.weight, self.bias)
+        return multiplied(input, self.weight, self.bias, laid_out=_own(self))
 
 
 class FrozenConv1D(Conv1D):  # type: ignore[misc]
     """The same of GPT-2's linear layer, whose weight is [in, out]."""
 
+    laid_out: LaidOut | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if not fits(x, self.weight, self.bias):
             return super().forward(x)  # type: ignore[no-any-return]
-        return multiplied(x, self.weight.T, self.bias)
+        return multiplied(x, self.weight, self.bias, turned=True, laid_out=_own(self))
 
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
 
 
 def multiply_by_onednn(model: PreTrainedModel) -> None:
-    """Let the linear layers of `model` multiply so until `multiply_by_torch` undoes it, on machines that have it."""
+    """Let the linear layers of `model` multiply so until `multiply_by_torch` undoes it, on machines that have it.
+
+    The first of them, up to `MOST` bytes, keep their weights laid out.
+    """
+    multiply_by_torch(model)
+    left = MOST
     for layer in [module for module in model.modules() if type(module) in _OURS and works()]:
-        if _is_plain(layer.weight):
-            layer.__class__ = _OURS[type(layer)]
+        if not _is_plain(layer.weight):
+            continue
+        layer.__class__ = _OURS[type(layer)]
+        if size(layer.weight) <= left:
+            left -= size(layer.weight)
+            layer.laid_out = LaidOut()
 
 
 def multiply_by_torch(model: PreTrainedModel) -> None:
     """Undo `multiply_by_onednn`."""
     before = {ours: theirs for theirs, ours in _OURS.items()}
     for layer in model.modules():
-        layer.__class__ = before.get(type(layer), type(layer))
+        if type(layer) in before:
+            layer.__dict__.pop("laid_out", None)
+            layer.__class__ = before[type(layer)]
+
+
+def laid_out_bytes(model: nn.Module) -> int:
+    """What the weights that `model` lays out will take once all of them are, both ways."""
+    layers = (layer for layer in model.modules() if isinstance(layer, (FrozenLinear, FrozenConv1D)))
+    return sum(size(layer.weight) for layer in layers if layer.laid_out is not None)
 
 
 def divides(module: nn.Module, chosen: Tensor) -> bool:
@@ -80,11 +103,18 @@ def fits(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return all(map(_is_plain, (states, weight) if bias is None else (states, weight, bias)))
 
 
-def multiplied(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., in] times `weight` [out, in], in any order: [..., out]. Gradients go to states and bias alone."""
+def multiplied(
+    states: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool = False, laid_out: LaidOut | None = None
+) -> Tensor:
+    """[..., in] times `weight` [out, in]: [..., out]. Gradients go to states and bias alone.
+
+    Args:
+        turned: whether it is [in, out].
+        laid_out: where it is kept in oneDNN's own order; None for as it lies.
+    """
     if bias is None or not bias.requires_grad:
-        return _Product.apply(states, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-    return _Product.apply(states, weight, None) + bias  # type: ignore[no-any-return, no-untyped-call]
+        return _Product.apply(states, weight, bias, turned, laid_out)  # type: ignore[no-any-return, no-untyped-call]
+    return _Product.apply(states, weight, None, turned, laid_out) + bias  # type: ignore[no-any-return, no-untyped-call]
 
 
 def filled(rows: int) -> int:
@@ -116,23 +146,30 @@ def works() -> bool:
     try:
         with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             states, weight, bias = (torch.ones(shape, dtype=torch.float32) for shape in ((3, 8), (16, 8), (16,)))
-            return torch.equal(_linear(states, weight, bias), F.linear(states, weight, bias))
+            right = F.linear(states, weight, bias)
+            return all(torch.equal(_linear(states, each, bias), right) for each in (weight, ordered(weight)))
     except (AttributeError, RuntimeError, TypeError):  # torch promises nothing about operators of its own
         return False
 
 
 class _Product(torch.autograd.Function):
-    """[..., in] times a frozen weight: [..., out]."""
+    """[..., in] times a frozen weight [out, in], or [in, out] where it is `turned`: [..., out]."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, laid_out: LaidOut | None
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        return _linear(states, weight, bias)
+        ctx.turned, ctx.laid_out = turned, laid_out
+        if laid_out is not None:
+            return _linear(states, laid_out.operand(weight, turned), bias)
+        return _linear(states, weight.T if turned else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
         (weight,) = ctx.saved_tensors
-        return _Product.apply(given[0], weight.T, None), None, None  # type: ignore[no-untyped-call]
+        back = _Product.apply(given[0], weight, None, not ctx.turned, ctx.laid_out)  # type: ignore[no-untyped-call]
+        return back, None, None, None, None
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,6 +184,11 @@ def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _is_ours(model: nn.Module) -> bool:
     """Whether a layer of `model` multiplies by oneDNN."""
     return any(type(module) in _OURS.values() for module in model.modules())
+
+
+def _own(layer: FrozenLinear | FrozenConv1D) -> LaidOut | None:
+    """Where the weight of `layer` is laid out; None for what stands in its place."""
+    return layer.laid_out if "weight" not in layer.__dict__ else None
 
 
 def _is_plain(tensor: Tensor) -> bool:

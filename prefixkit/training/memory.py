@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefixkit.backbones.backbone import Backbone
 from prefixkit.backbones.kept import Kept, kept
+from prefixkit.backbones.onednn import laid_out_bytes
 from prefixkit.backbones.targets import ELEMENTS, most
 from prefixkit.methods.autoprompt import AutoPrompt
 from prefixkit.methods.method import Method
@@ -47,6 +48,7 @@ class Estimate:
         once, row: what a step keeps, whatever its batch, and for each row of it.
         logits: how many a row has, of all its targets.
         part: how many of them are there at once, at most.
+        laid_out: of weights that are kept in another order as well.
         rows: of the largest batch.
         recomputes: whether layers are computed again.
         packable: whether its padding could be left out.
@@ -63,15 +65,16 @@ class Estimate:
     packable: bool
     free: int | None
     part: int = ELEMENTS["cpu"]
+    laid_out: int = 0
 
     def step(self, rows: int, *, recomputes: bool) -> int:
         """What a step of so many rows needs beside the weights."""
         working = _LOGITS * min(self.part, rows * self.logits)
         layer = self.once.layer + rows * self.row.layer
-        gradients = int(_GRADIENTS * layer)
+        gradients, beside = int(_GRADIENTS * layer), self.trained + self.laid_out
         if not recomputes:
-            return self.trained + self.once.plainly + rows * self.row.plainly + max(working, gradients)
-        return self.trained + self.once.recomputed + rows * self.row.recomputed + max(working, layer + gradients)
+            return beside + self.once.plainly + rows * self.row.plainly + max(working, gradients)
+        return beside + self.once.recomputed + rows * self.row.recomputed + max(working, layer + gradients)
 
     @property
     def needed(self) -> int:
@@ -163,6 +166,7 @@ def estimate(prepared: Prepared) -> Estimate:
         packable=_packable(prepared),
         free=free_memory(backbone.device),
         part=most(backbone.device, backbone.identity.vocab_size),
+        laid_out=laid_out_bytes(backbone.model),
     )
 
 

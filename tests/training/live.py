@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 class Live(TorchDispatchMode):
     """In a `with` block: counts every storage that an operation makes for as long as it is there.
 
+    Weights in oneDNN's own order have none.
+
     Args:
         known: tensors that were there before, which are not counted.
 
@@ -32,7 +34,7 @@ class Live(TorchDispatchMode):
     ) -> Any:
         made = operation(*arguments, **(keywords or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_mkldnn:
                 self._count(tensor)
         return made
 

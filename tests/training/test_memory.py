@@ -57,7 +57,8 @@ def measured(run: Prepared, *, shares: bool = False) -> int:
 def test_every_method_needs_what_is_estimated(method: str, family: str, checkpointing: bool, tmp_path: Path) -> None:
     run = prepared(method, family, tmp_path, gradient_checkpointing=checkpointing, batch_size=8)
     needs = estimate(run)
-    assert abs(needs.needed / measured(run) - 1) <= TOLERANCE
+    # Weights in oneDNN's order are none of torch's tensors.
+    assert abs((needs.needed - needs.laid_out) / measured(run) - 1) <= TOLERANCE
 
 
 def test_beginnings_that_are_shared_need_no_more(tmp_path: Path) -> None:
@@ -120,7 +121,8 @@ def test_larger_models_on_several_shapes(
     assert needs.rows == rows
     model = run.backbone.model
     assert needs.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    assert abs(needs.needed / measured(run) - 1) <= TOLERANCE
+    # Weights in oneDNN's order are none of torch's tensors.
+    assert abs((needs.needed - needs.laid_out) / measured(run) - 1) <= TOLERANCE
 
 
 def test_an_estimate_changes_nothing(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
