@@ -91,7 +91,7 @@ class _Short(torch.autograd.Function):
         given = given.reshape(*shares.shape[:2], -1)
         scores = torch._softmax_backward_data(given @ values.mT, shares, -1, shares.dtype)
         return (
-            (scores @ keys).mul_(ctx.scale).view(query),
+            (scores @ keys).mul_(ctx.scale).view(query) if ctx.needs_input_grad[0] else None,
             (scores.mT @ scaled).view(key),
             (shares.mT @ given).view(value),
             None,
@@ -101,7 +101,9 @@ class _Short(torch.autograd.Function):
 
 def _shares(scores: Tensor, mask: Tensor) -> Tensor:
     """What each query sees of each key; of a query that may see none, nothing, as torch has it."""
-    shares = torch.softmax(scores.masked_fill_(~mask, torch.finfo(scores.dtype).min), dim=-1)
+    # Added, as that is faster than filling in.
+    hidden = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    shares = torch.softmax(scores.add_(hidden), dim=-1)
     blind = ~mask.any(dim=-1, keepdim=True)
     return shares.masked_fill_(blind, 0.0) if blind.any() else shares
 
