@@ -35,8 +35,7 @@ class Backbone(ABC):
         model: the `transformers` model, in eval mode, without gradients.
         folder: where it was loaded from.
         identity: what a prefix file says of it.
-        shares_beginnings: whether a decoder on a CPU reads what texts of a batch begin with only once; see
-            `prefixkit.backbones.trie`.
+        shares_beginnings: whether `reads_tries` may be true.
     """
 
     paired: ClassVar[bool]
@@ -62,6 +61,11 @@ class Backbone(ABC):
     def context_length(self) -> int | None:
         """Positions that a stack knows; None where they have no end."""
         return self.identity.context_length
+
+    @property
+    def reads_tries(self) -> bool:
+        """Whether what texts of a batch begin with alike is computed once; see `prefixkit.backbones.trie`."""
+        return False
 
     @property
     def hidden_size(self) -> int:

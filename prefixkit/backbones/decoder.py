@@ -60,6 +60,11 @@ class Decoder(Backbone):
         return Attachment(self.model)
 
     @property
+    def reads_tries(self) -> bool:
+        """Whether what texts of a batch begin with alike is computed once; see `prefixkit.backbones.trie`."""
+        return self.shares_beginnings and self._attachment.reads_tries
+
+    @property
     def longest_text(self) -> int | None:
         """Tokens that `key_values_of` takes at most, by sliding windows and the context; None without a limit."""
         windows = [layer.window - 1 for layer in self.geometry if layer.window is not None]
@@ -186,7 +191,7 @@ class Decoder(Backbone):
     def _trie(self, chosen: Tensor, input_ids: Tensor, attention_mask: Tensor, prefix: Received | None) -> Trie | None:
         """The texts of a batch up to the last `chosen` token of each; None where they are read in padded rows."""
         in_text = in_slots(prefix) is not None or infix_of(prefix) is not None
-        if in_text or not (self.shares_beginnings and self._attachment.reads_tries and chosen.any()):
+        if in_text or not (self.reads_tries and chosen.any()):
             return None
         needed = chosen.int().flip(1).cummax(dim=1).values.flip(1).bool()
         if not attention_mask[needed].all():

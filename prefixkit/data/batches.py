@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prefixkit.data.readers import Example
@@ -23,7 +24,11 @@ IGNORED = -100
 POOL = 64
 """Batches' worth of random examples that are sorted by length together: more would pad less and mix less."""
 
+NEAR = 4
+"""Tokens within which lengths count as one where texts are sorted by their beginnings."""
+
 Side = Literal["left", "right"]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,8 @@ class TrainingBatches:
     Attributes:
         alike: whether the examples of a batch are of similar length, as padded rows want it. Packed rows do not:
             examples at random make rows of like length, few of them to compile for and none far above the mean.
+        beginnings: whether those among them that begin alike come together, where that is computed once. Examples must
+            have `words` then.
     """
 
     def __init__(
@@ -177,6 +184,7 @@ class TrainingBatches:
         seed: int,
         collate: Collate = collate,
         alike: bool = True,
+        beginnings: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
@@ -185,7 +193,7 @@ class TrainingBatches:
         if not examples:
             raise DataError("training data", expected="at least one example", found="none")
         self.examples, self.batch_size, self.seed, self.collate = examples, batch_size, seed, collate
-        self.alike = alike
+        self.alike, self.beginnings = alike, beginnings
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._lengths = np.array([len(example) for example in examples])
         self._epoch = lru_cache(maxsize=2)(self._plan)
@@ -197,15 +205,27 @@ class TrainingBatches:
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of `step` holds."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch, self.alike)[position]
+        return self._epoch(epoch, self.alike, self.beginnings)[position]
 
-    def _plan(self, epoch: int, alike: bool) -> list[list[int]]:
+    @cached_property
+    def _by_text(self) -> Numbers:
+        """The place of each example among all of them in the order of their texts."""
+        examples: Sequence[Any] = self.examples
+        return np.argsort(sorted(range(len(examples)), key=lambda index: tuple(examples[index].words)))
+
+    def _order(self, pool: Numbers, beginnings: bool, random: np.random.Generator) -> Numbers:
+        lengths = self._lengths[pool]
+        if not beginnings:
+            return np.argsort(lengths, kind="stable")
+        # Other limits each time, so that few examples do not make the same batches in every epoch.
+        return np.lexsort((self._by_text[pool], (lengths + random.integers(NEAR)) // NEAR))
+
+    def _plan(self, epoch: int, alike: bool, beginnings: bool) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(len(self.examples))
         size = self.batch_size * POOL
         batches: list[list[int]] = []
         for pool in (shuffled[start : start + size] for start in range(0, len(shuffled), size)):
-            order = np.argsort(self._lengths[pool], kind="stable") if alike else slice(None)
-            chosen = pool[order].tolist()
+            chosen = (pool[self._order(pool, beginnings, random)] if alike else pool).tolist()
             batches += [chosen[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]

@@ -94,9 +94,9 @@ class TrainConfig:
         objective: over what the word at a mask is likely: the whole `vocabulary`, or the `labels`' words alone, as null
             prompts are trained.
         layout: `padded` rows or one `packed` row; `auto` packs on CUDA what can be packed, once a first batch has shown
-            the same loss, and has decoders on a CPU read once what padded rows begin with alike. Padded batches hold
-            examples of similar length, packed ones examples at random; a run that is resumed keeps the order with which
-            it began, whatever its layout then.
+            the same loss, and has a decoder on a CPU compute once what padded rows begin with alike. Padded rows are of
+            similar length, where beginnings are shared with such as begin alike, packed ones at random; a run that is
+            resumed keeps the order with which it began, whatever its layout then.
         compile: torch.compile: `on`, `off`, or `auto`, which compiles runs of some length on CUDA; on a CPU it gains
             less than it takes.
         shard: spread the layers of a decoder that does not fit over all of torchrun's processes.

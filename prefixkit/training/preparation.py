@@ -99,7 +99,7 @@ def prepare(
     (multiply_by_torch if config.compile == "on" else multiply_by_onednn)(backbone.model)
     if uses_registry(backbone.model):
         attend_short_rows(backbone.model)
-    backbone.shares_beginnings = config.layout == "auto"
+    backbone.shares_beginnings = config.layout == "auto" and config.compile != "on"
     if config.gradient_checkpointing:
         recompute(backbone.model)
     config = on_backbone(config, backbone)
@@ -123,6 +123,7 @@ def prepare(
         seed=config.seed,
         collate=collate,
         alike=not layout.packs(collate),
+        beginnings=backbone.reads_tries and task.answer is None,
     )
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),

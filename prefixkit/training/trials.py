@@ -59,6 +59,7 @@ class Trial(Run):
             seed=config.seed,
             collate=batches.collate,
             alike=batches.alike,
+            beginnings=batches.beginnings,
         )
         self.doublings += 1
 

@@ -234,12 +234,23 @@ def test_a_batch_without_a_target_has_no_logits() -> None:
     assert decoder.target_logits(**given, prefix=random_prefix(decoder.model)).shape == (1, 320)
 
 
-@pytest.mark.parametrize(("layout", "shares"), [("auto", True), ("padded", False), ("packed", False)])
-def test_a_run_shares_beginnings_unless_another_layout_is_asked_for(
-    backbone_folder: Folder, records: Path, tmp_path: Path, layout: str, shares: bool
+@pytest.mark.parametrize(
+    ("settings_of", "shares"),
+    [({}, True), ({"layout": "padded"}, False), ({"layout": "packed"}, False), ({"compile": "on"}, False)],
+)
+def test_a_run_shares_beginnings_unless_something_else_is_asked_for(
+    backbone_folder: Folder, records: Path, tmp_path: Path, settings_of: dict[str, str], shares: bool
 ) -> None:
-    prepared = prepare(settings(backbone_folder("gpt2"), records, tmp_path / "p", layout=layout))
-    assert prepared.backbone.shares_beginnings == shares
+    prepared = prepare(settings(backbone_folder("gpt2"), records, tmp_path / "p", **settings_of))
+    assert prepared.backbone.reads_tries == prepared.batches.beginnings == shares
+
+
+def test_where_nothing_can_be_shared_the_order_is_that_of_lengths(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(settings(backbone_folder("falcon"), records, tmp_path / "p"))
+    assert not prepared.backbone.reads_tries
+    assert (prepared.batches.alike, prepared.batches.beginnings) == (True, False)
 
 
 def test_masks_are_those_of_windows() -> None:

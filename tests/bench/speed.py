@@ -93,7 +93,9 @@ class _Contenders:
             if kind is not PeftCompiled or amount.compiled:
                 self.all[name] = kind(setting, model, ours.plan, start)
         if amount.compiled and setting.device == "cpu":
-            self.all[OURS_COMPILED] = Ours(replace(setting, compile="on"), rows)
+            compiled = Ours(replace(setting, compile="on"), rows)
+            compiled.prepared.batches.beginnings = ours.prepared.batches.beginnings
+            self.all[OURS_COMPILED] = compiled
         self.setting, self.tell, self.next_step = setting, tell, 0
 
     def agree(self, steps: int) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ import torch
 
 from prefixkit.data.batches import (
     IGNORED,
+    NEAR,
     Batch,
     EncodedExample,
     TrainingBatches,
@@ -83,10 +84,10 @@ def test_padding(side: str, ids: list[int], mask: list[int], labels: list[int]) 
     assert (batch.tokens, batch.target_tokens) == (7, 3)
 
 
-@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(("alike", "beginnings"), [(True, False), (False, False), (True, True), (False, True)])
 @pytest.mark.parametrize("count", [1, 7, 8, 1000, 1003])
-def test_every_example_once_an_epoch(count: int, alike: bool) -> None:
-    batches = TrainingBatches(ragged(count), batch_size=8, seed=3, alike=alike)
+def test_every_example_once_an_epoch(count: int, alike: bool, beginnings: bool) -> None:
+    batches = TrainingBatches(ragged(count), batch_size=8, seed=3, alike=alike, beginnings=beginnings)
     assert batches.steps_per_epoch == -(-count // 8)
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
@@ -117,6 +118,21 @@ def test_batches_pad_little_but_lengths_come_in_no_order() -> None:
     widths = [float(b.input_ids.shape[1]) for b in epoch]
     correlation = torch.corrcoef(torch.tensor([widths[:-1], widths[1:]]))[0, 1]
     assert abs(correlation) < 0.3
+
+
+def test_texts_that_begin_alike_come_together_among_those_of_about_one_length() -> None:
+    draw = np.random.default_rng(0)
+    examples = [EncodedExample((int(draw.integers(50)), *range(draw.integers(5, 40))), (1,)) for _ in range(1000)]
+
+    def seen(beginnings: bool) -> tuple[float, int]:
+        batches = TrainingBatches(examples, batch_size=8, seed=0, beginnings=beginnings)
+        rows = [[examples[index] for index in batches.indices(step)] for step in range(batches.steps_per_epoch)]
+        first = np.mean([len({row.prompt[0] for row in batch}) for batch in rows])
+        return float(first), max(len(max(batch, key=len)) - len(min(batch, key=len)) for batch in rows)
+
+    (apart, _), (together, widest) = seen(False), seen(True)
+    assert together < 0.8 * apart
+    assert widest < 2 * NEAR
 
 
 def test_batches_at_random_are_of_like_size() -> None:
