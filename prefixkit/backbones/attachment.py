@@ -141,14 +141,14 @@ class Attachment:
         if isinstance(prefix, PackedPrefixes):
             keywords.update(self._packed(prefix))
             return (), keywords
-        if self.trie is not None:
-            keywords.update(self._in_trie(prefix, self.trie))
-            return (), keywords
-        index = self._place(tokens, prefix, keywords) if self.places else None
         keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
         lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
-        slots = self._slots(tokens, keywords)
-        keywords[KEYWORD] = Injected(keys=keys, values=values, lengths=lengths, slots=slots, query_index=index)
+        injected = Injected(keys=keys, values=values, lengths=lengths)
+        if self.trie is not None:
+            keywords.update(self._in_trie(prefix, self.trie, injected))
+            return (), keywords
+        index = self._place(tokens, prefix, keywords) if self.places else None
+        keywords[KEYWORD] = replace(injected, slots=self._slots(tokens, keywords), query_index=index)
         return (), keywords
 
     def _folded(self) -> KeyValuePrefix | Several | None:
@@ -163,14 +163,11 @@ class Attachment:
         injected = Injected(keys=prefix.keys, values=prefix.values, masks=self.masks)
         return self._in_a_row(prefix.positions, injected)
 
-    def _in_trie(self, prefix: KeyValuePrefix | RowPrefixes | None, trie: Trie) -> dict[str, Any]:
+    def _in_trie(self, prefix: KeyValuePrefix | RowPrefixes | None, trie: Trie, injected: Injected) -> dict[str, Any]:
         """What the decoder is to be called with, to read a row of nodes."""
-        keys, values = (prefix.keys, prefix.values) if prefix is not None else ((), ())
-        lengths = prefix.lengths if isinstance(prefix, RowPrefixes) else None
-        start: Any = prefix.positions.text_start if isinstance(prefix, KeyValuePrefix) else 0
-        start = prefix.starts[trie.owners] if isinstance(prefix, RowPrefixes) else start
+        start = prefix.starts[trie.owners] if isinstance(prefix, RowPrefixes) else _text_start(prefix)
         places = torch.arange(trie.nodes.shape[1], device=trie.nodes.device)[None]
-        return self._in_a_row(trie.depths + start, Injected(keys, values, lengths, query_index=places, trie=trie))
+        return self._in_a_row(trie.depths + start, replace(injected, query_index=places, trie=trie))
 
     def _in_a_row(self, positions: Tensor, injected: Injected) -> dict[str, Any]:
         # Given a mask of four dimensions the model makes none of its own; ours take its place.
@@ -191,10 +188,13 @@ class Attachment:
         """Give the text in `keywords` its positions, and say how many real tokens precede each of them."""
         given = keywords.get("position_ids") is not None
         index = query_index(tokens, keywords).clamp(min=0)
-        start: Any = prefix.positions.text_start if isinstance(prefix, KeyValuePrefix) else 0
-        start = prefix.starts[:, None] if isinstance(prefix, RowPrefixes) else start
+        start = prefix.starts[:, None] if isinstance(prefix, RowPrefixes) else _text_start(prefix)
         keywords["position_ids"] = index + start + (0 if given else first_position(self.model))
         return index
+
+
+def _text_start(prefix: KeyValuePrefix | None) -> int:
+    return prefix.positions.text_start if prefix is not None else 0
 
 
 class PairAttachment(Attachment):
