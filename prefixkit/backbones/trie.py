@@ -75,9 +75,15 @@ class Trie:
         """[nodes]: a text that each is of."""
         return self.first // self.nodes.shape[1]
 
-    def places(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns of places in the rows."""
-        return flat // self.nodes.shape[1], flat % self.nodes.shape[1]
+    @cached_property
+    def first_at(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of `first`."""
+        return self.owners, self.depths[0]
+
+    @cached_property
+    def repeated_at(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of `repeated`."""
+        return self.repeated // self.nodes.shape[1], self.repeated % self.nodes.shape[1]
 
     def filled(self, more: int) -> Trie:
         """The same with so many places behind the nodes."""
@@ -129,10 +135,10 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, given: Tensor) -> Any:
         trie: Trie = ctx.trie
-        found = given.transpose(1, 2)[trie.places(trie.first)]
+        found = given.transpose(1, 2)[trie.first_at]
         found[trie.size :] = 0
         if len(trie.repeated):
-            found.index_add_(0, trie.spread[trie.repeated], given.transpose(1, 2)[trie.places(trie.repeated)])
+            found.index_add_(0, trie.spread[trie.repeated], given.transpose(1, 2)[trie.repeated_at])
         return found.transpose(0, 1)[None], None
 
 
