@@ -193,8 +193,11 @@ def _in_trie(attention: Callable[..., Any]) -> Callable[..., Any]:
         trie = keywords.get(KEYWORD, Injected()).trie
         if trie is None:
             return attention(module, query, key, value, attention_mask, **keywords)
-        mask = trie.mask(keywords.get("sliding_window"))
-        attended, _ = attention(module, *map(trie.rows, (query, key, value)), mask, **keywords)
+        query, key, value = map(trie.rows, (query, key, value))
+        window = keywords.get("sliding_window")
+        # What came is a stand-in: the model knows nothing of these rows.
+        mask = _causal(query, key) if window is None else _causal(query, key).triu(1 - window)
+        attended, _ = attention(module, query, key, value, mask, **keywords)
         return trie.row(attended), None
 
     return forward

@@ -89,12 +89,6 @@ class Trie:
         """The same with so many places behind the nodes."""
         return replace(self, ids=F.pad(self.ids, (0, more), value=int(self.ids[0, 0])))
 
-    def mask(self, window: int | None) -> Tensor:
-        """[1, 1, longest, longest]: True where a token of a row sees another, by a sliding `window` in tokens."""
-        length = self.nodes.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=self.nodes.device).tril()
-        return (seen if window is None else seen.triu(1 - window))[None, None]
-
     def rows(self, states: Tensor) -> Tensor:
         """[1, heads, nodes, width] as [batch, heads, longest, width]."""
         made: Tensor = _Rows.apply(states, self)  # type: ignore[no-untyped-call]

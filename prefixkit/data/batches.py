@@ -28,6 +28,9 @@ NEAR = 4
 """Tokens within which lengths count as one where texts are sorted by their beginnings."""
 
 Side = Literal["left", "right"]
+Order = Literal["random", "length", "beginnings"]
+"""Which examples come together: any, as packed rows want it (of like length, few to compile for, none far above the
+mean); those of similar length, as padded rows do; or among these such as begin alike, where that is computed once."""
 Numbers = npt.NDArray[np.int64]
 
 
@@ -170,10 +173,7 @@ class TrainingBatches:
     `batch(step)`. The last batch that an epoch forms may be smaller than `batch_size`.
 
     Attributes:
-        alike: whether the examples of a batch are of similar length, as padded rows want it. Packed rows do not:
-            examples at random make rows of like length, few of them to compile for and none far above the mean.
-        beginnings: whether those among them that begin alike come together, where that is computed once. Examples must
-            have `words` then.
+        order: which examples come together; for "beginnings" they must have `words`.
     """
 
     def __init__(
@@ -183,8 +183,7 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         collate: Collate = collate,
-        alike: bool = True,
-        beginnings: bool = False,
+        order: Order = "length",
     ) -> None:
         if batch_size < 1:
             raise ConfigError("--batch-size", expected="1 or more", found=str(batch_size))
@@ -193,7 +192,7 @@ class TrainingBatches:
         if not examples:
             raise DataError("training data", expected="at least one example", found="none")
         self.examples, self.batch_size, self.seed, self.collate = examples, batch_size, seed, collate
-        self.alike, self.beginnings = alike, beginnings
+        self.order = order
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._lengths = np.array([len(example) for example in examples])
         self._epoch = lru_cache(maxsize=2)(self._plan)
@@ -205,7 +204,7 @@ class TrainingBatches:
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of `step` holds."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch, self.alike, self.beginnings)[position]
+        return self._epoch(epoch, self.order)[position]
 
     @cached_property
     def _by_text(self) -> Numbers:
@@ -213,19 +212,21 @@ class TrainingBatches:
         examples: Sequence[Any] = self.examples
         return np.argsort(sorted(range(len(examples)), key=lambda index: tuple(examples[index].words)))
 
-    def _order(self, pool: Numbers, beginnings: bool, random: np.random.Generator) -> Numbers:
+    def _sorted(self, pool: Numbers, order: Order, random: np.random.Generator) -> Numbers:
         lengths = self._lengths[pool]
-        if not beginnings:
-            return np.argsort(lengths, kind="stable")
+        if order == "random":
+            return pool
+        if order == "length":
+            return pool[np.argsort(lengths, kind="stable")]
         # Other limits each time, so that few examples do not make the same batches in every epoch.
-        return np.lexsort((self._by_text[pool], (lengths + random.integers(NEAR)) // NEAR))
+        return pool[np.lexsort((self._by_text[pool], (lengths + random.integers(NEAR)) // NEAR))]
 
-    def _plan(self, epoch: int, alike: bool, beginnings: bool) -> list[list[int]]:
+    def _plan(self, epoch: int, order: Order) -> list[list[int]]:
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(len(self.examples))
         size = self.batch_size * POOL
         batches: list[list[int]] = []
         for pool in (shuffled[start : start + size] for start in range(0, len(shuffled), size)):
-            chosen = (pool[self._order(pool, beginnings, random)] if alike else pool).tolist()
+            chosen = self._sorted(pool, order, random).tolist()
             batches += [chosen[start : start + self.batch_size] for start in range(0, len(pool), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]

@@ -60,8 +60,7 @@ def save(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State) -> 
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "state": vars(state),
-        "alike": prepared.batches.alike,
-        "beginnings": prepared.batches.beginnings,
+        "order": prepared.batches.order,
     }
     torch.save(stored, buffer)
     path = path_of(prepared.config.output)
@@ -91,9 +90,8 @@ def restore(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
         prepared.method.load_state_dict(stored["method"])
         optimizer.load_state_dict(stored["optimizer"])
         torch.set_rng_state(stored["random"])
-        # Before they were kept, all runs had batches of similar length, whatever these began with.
-        prepared.batches.alike = stored.get("alike", True)
-        prepared.batches.beginnings = stored.get("beginnings", False)
+        # Before it was kept, all runs had batches of similar length.
+        prepared.batches.order = stored.get("order", "length")
         return State(**stored["state"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _unreadable(path, error) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefixkit.backbones import packed
 from prefixkit.backbones.attention import uses_registry
 from prefixkit.backbones.backbone import Backbone
-from prefixkit.data.batches import Batch, Collate
+from prefixkit.data.batches import Batch, Collate, Order
 from prefixkit.data.packing import PackedBatch, pack, pack_inputs, pack_masked
 from prefixkit.errors import ConfigError
 from prefixkit.format.manifest import TaskRecord
@@ -66,6 +66,13 @@ def _packs_faster(backbone: Backbone) -> bool:
 def packs(collate: Collate) -> bool:
     """Whether the batches that `collate` makes lie in a packed row."""
     return getattr(collate, "func", collate) in (pack, pack_masked, pack_inputs)
+
+
+def order(collate: Collate, task: TaskRecord, backbone: Backbone) -> Order:
+    """Which examples of a run come together in the batches that `collate` makes."""
+    if packs(collate):
+        return "random"
+    return "beginnings" if backbone.reads_tries and task.answer is None else "length"
 
 
 def obstacle(task: TaskRecord, backbone: Backbone, given: Iterable[Injection | None]) -> str | None:

@@ -117,14 +117,8 @@ def prepare(
         task = replace(task, max_length=left)
         encoded = data.encode(task, tokenizer, backbone, examples)
     collate, unpacked = layout.chosen(config.layout, task, backbone, (method(), teacher))
-    batches = TrainingBatches(
-        encoded,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        collate=collate,
-        alike=not layout.packs(collate),
-        beginnings=backbone.reads_tries and task.answer is None,
-    )
+    order = layout.order(collate, task, backbone)
+    batches = TrainingBatches(encoded, batch_size=config.batch_size, seed=config.seed, collate=collate, order=order)
     return Prepared(
         config=_resolved(config, batches.steps_per_epoch),
         backbone=backbone,

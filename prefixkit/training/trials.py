@@ -58,8 +58,7 @@ class Trial(Run):
             batch_size=2 * batches.batch_size,
             seed=config.seed,
             collate=batches.collate,
-            alike=batches.alike,
-            beginnings=batches.beginnings,
+            order=batches.order,
         )
         self.doublings += 1
 

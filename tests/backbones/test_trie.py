@@ -17,7 +17,7 @@ from prefixkit.backbones.compiled import compile_stacks
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.recomputation import recompute
 from prefixkit.backbones.short_attention import attend_short_rows
-from prefixkit.backbones.trie import Trie, trie
+from prefixkit.backbones.trie import trie
 from prefixkit.format.manifest import Positions
 from prefixkit.injections import KeyValuePrefix, ParameterDelta, Received, row_prefixes
 from prefixkit.training.preparation import prepare
@@ -242,7 +242,7 @@ def test_a_run_shares_beginnings_unless_something_else_is_asked_for(
     backbone_folder: Folder, records: Path, tmp_path: Path, settings_of: dict[str, str], shares: bool
 ) -> None:
     prepared = prepare(settings(backbone_folder("gpt2"), records, tmp_path / "p", **settings_of))
-    assert prepared.backbone.reads_tries == prepared.batches.beginnings == shares
+    assert prepared.backbone.reads_tries == (prepared.batches.order == "beginnings") == shares
 
 
 def test_where_nothing_can_be_shared_the_order_is_that_of_lengths(
@@ -250,10 +250,4 @@ def test_where_nothing_can_be_shared_the_order_is_that_of_lengths(
 ) -> None:
     prepared = prepare(settings(backbone_folder("falcon"), records, tmp_path / "p"))
     assert not prepared.backbone.reads_tries
-    assert (prepared.batches.alike, prepared.batches.beginnings) == (True, False)
-
-
-def test_masks_are_those_of_windows() -> None:
-    made = Trie(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None])
-    assert made.mask(None)[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert made.mask(2)[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert prepared.batches.order == "length"

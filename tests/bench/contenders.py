@@ -78,8 +78,7 @@ class Ours:
         self.prepared = prepare(from_mapping(setting.config(output)), backbone, data)
         own = self.prepared.batches
         rows = examples or own.examples
-        how: Any = {"batch_size": setting.batch_size, "seed": setting.seed}
-        how |= {"alike": own.alike, "beginnings": own.beginnings}
+        how: Any = {"batch_size": setting.batch_size, "seed": setting.seed, "order": own.order}
         self.prepared.batches = TrainingBatches(rows, collate=own.collate, **how)
         # The same for the others, who read padded rows, as long as losses are compared.
         self.plan: TrainingBatches | Shuffled = TrainingBatches(rows, **how)

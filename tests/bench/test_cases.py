@@ -79,7 +79,8 @@ def test_peers_read_the_same_examples_in_padded_rows(tmp_path: Path) -> None:
     ours = Ours(setting, examples(setting))
     assert setting.layout == "packed"
     assert ours.prepared.batches.batch(0).input_ids.shape[0] == 1
-    assert not ours.plan.alike
+    assert isinstance(ours.plan, TrainingBatches)
+    assert ours.plan.order == "random"
     start, model = ours.prefix, plain_model(setting)
     losses = [float(ours.step(number).loss) for number in range(2)]
     for kind in PEERS.values():
@@ -95,9 +96,9 @@ def test_every_contender_has_its_own_order_once_losses_agree(tmp_path: Path) -> 
     ours, peers = found.all["ours"], [found.all[name] for name in ("PEFT", BEST, "bare loop")]
     assert all(peer.plan is ours.plan for peer in peers)
     found.choose_best(1)
-    assert not ours.prepared.batches.alike
+    assert ours.prepared.batches.order == "random"
     assert [type(peer.plan) for peer in peers] == [Shuffled, TrainingBatches, TrainingBatches]
-    assert all(peer.plan.alike for peer in peers[1:])
+    assert all(peer.plan.order == "length" for peer in peers[1:])
 
 
 def test_memory_is_that_of_the_largest_batches_in_the_rows_that_are_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from prefixkit.data.batches import (
     NEAR,
     Batch,
     EncodedExample,
+    Order,
     TrainingBatches,
     collate,
     collate_pairs,
@@ -84,10 +86,10 @@ def test_padding(side: str, ids: list[int], mask: list[int], labels: list[int]) 
     assert (batch.tokens, batch.target_tokens) == (7, 3)
 
 
-@pytest.mark.parametrize(("alike", "beginnings"), [(True, False), (False, False), (True, True), (False, True)])
+@pytest.mark.parametrize("order", get_args(Order))
 @pytest.mark.parametrize("count", [1, 7, 8, 1000, 1003])
-def test_every_example_once_an_epoch(count: int, alike: bool, beginnings: bool) -> None:
-    batches = TrainingBatches(ragged(count), batch_size=8, seed=3, alike=alike, beginnings=beginnings)
+def test_every_example_once_an_epoch(count: int, order: Order) -> None:
+    batches = TrainingBatches(ragged(count), batch_size=8, seed=3, order=order)
     assert batches.steps_per_epoch == -(-count // 8)
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
@@ -124,23 +126,23 @@ def test_texts_that_begin_alike_come_together_among_those_of_about_one_length() 
     draw = np.random.default_rng(0)
     examples = [EncodedExample((int(draw.integers(50)), *range(draw.integers(5, 40))), (1,)) for _ in range(1000)]
 
-    def seen(beginnings: bool) -> tuple[float, int]:
-        batches = TrainingBatches(examples, batch_size=8, seed=0, beginnings=beginnings)
+    def seen(order: Order) -> tuple[float, int]:
+        batches = TrainingBatches(examples, batch_size=8, seed=0, order=order)
         rows = [[examples[index] for index in batches.indices(step)] for step in range(batches.steps_per_epoch)]
         first = np.mean([len({row.prompt[0] for row in batch}) for batch in rows])
         return float(first), max(len(max(batch, key=len)) - len(min(batch, key=len)) for batch in rows)
 
-    (apart, _), (together, widest) = seen(False), seen(True)
+    (apart, _), (together, widest) = seen("length"), seen("beginnings")
     assert together < 0.8 * apart
     assert widest < 2 * NEAR
 
 
 def test_batches_at_random_are_of_like_size() -> None:
-    def rows(alike: bool) -> list[int]:
-        batches = TrainingBatches(ragged(2000), batch_size=32, seed=0, alike=alike)
+    def rows(order: Order) -> list[int]:
+        batches = TrainingBatches(ragged(2000), batch_size=32, seed=0, order=order)
         return [sum(len(batches.examples[index]) for index in batches.indices(step)) for step in range(62)]
 
-    by_length, at_random = np.array(rows(True)), np.array(rows(False))
+    by_length, at_random = np.array(rows("length")), np.array(rows("random"))
     assert at_random.std() < by_length.std() / 3
     assert at_random.max() < by_length.max()
 

@@ -50,7 +50,7 @@ def first_step(prepared: Prepared) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of the first step, in float64."""
     prepared.backbone.model.double()
     prepared.method.double()
-    prepared.batches.alike = True
+    prepared.batches.order = "length"
     received = prepared.method()
     loss = prepared.objective(prepared.backbone, prepared.batches.batch(0), received)
     return loss.item(), list(torch.autograd.grad(loss, list(prepared.method.parameters())))
@@ -79,7 +79,7 @@ def test_a_run_is_the_same_and_so_is_its_file(
     for chosen in ("packed", "padded"):
         heard[chosen] = Interrupted()
         made = prepare(settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen))
-        made.batches.alike = True
+        made.batches.order = "length"
         loop.complete(made, resume=False, listener=heard[chosen])
     packed, padded = heard["packed"], heard["padded"]
     assert packed.losses == pytest.approx(padded.losses, abs=1e-5 * max(padded.losses))
@@ -95,7 +95,7 @@ def test_autoprompt_finds_the_same_tokens(backbone_folder: Folder, records: Path
         changes = {"method": {"name": "autoprompt", "length": 3}, "layout": chosen, "steps": steps}
         config = settings(backbone_folder("gpt2"), records, tmp_path / f"{chosen}-{steps}", **changes)
         made = prepare(config)
-        made.batches.alike = True
+        made.batches.order = "length"
         found.append(loop.complete(made, resume=False, listener=Interrupted()).manifest.injections)
     assert found[0] == found[1] != found[2]
 
@@ -110,7 +110,7 @@ def test_a_run_that_shares_beginnings_is_the_same(
     for chosen in ("auto", "padded"):
         heard[chosen] = Interrupted()
         made = prepare(settings(backbone_folder(family), records, tmp_path / chosen, layout=chosen))
-        made.batches.beginnings = True
+        made.batches.order = "beginnings"
         loop.complete(made, resume=False, listener=heard[chosen])
         tries[chosen] = len(read)
     auto, padded = heard["auto"], heard["padded"]
@@ -156,15 +156,13 @@ def test_a_state_from_before_the_order_was_kept_goes_on_by_length(
     backbone_folder: Folder, records: Path, tmp_path: Path
 ) -> None:
     ready = prepare(settings(backbone_folder("gpt2"), records, tmp_path / "out", layout="packed"))
-    assert not ready.batches.alike
-    ready.batches.beginnings = True
+    assert ready.batches.order == "random"
     path, optimizer = checkpoint.save(ready, loop.make_optimizer(ready), checkpoint.State()), loop.make_optimizer(ready)
     stored = torch.load(path, weights_only=True)
-    del stored["alike"], stored["beginnings"]
+    del stored["order"]
     torch.save(stored, path)
     checkpoint.restore(ready, optimizer)
-    assert ready.batches.alike
-    assert not ready.batches.beginnings
+    assert ready.batches.order == "length"
 
 
 def test_a_teacher_is_imitated_in_a_packed_row() -> None:

@@ -37,7 +37,7 @@ def runs(folder: Path, records: Path, tmp_path: Path, *, layout: str = "auto") -
     for number, changes in enumerate(RUNS):
         prepared = prepare(settings(folder, records, tmp_path / f"{number}", layout=layout, **changes), backbone)
         prepared.method.to(dtype)
-        prepared.batches.alike, prepared.batches.beginnings = True, False
+        prepared.batches.order = "length"
         made.append(side_by_side.Run(prepared, loop.make_optimizer(prepared), State()))
     return made
 
@@ -174,7 +174,7 @@ def answered(folder: Path, tmp_path: Path, layout: str) -> list[side_by_side.Run
         prepared = prepare(settings(folder, data, tmp_path / f"{number}", **given), backbone)
         assert side_by_side.can_share(prepared)
         prepared.method.double()
-        prepared.batches.alike, prepared.batches.beginnings = True, False
+        prepared.batches.order = "length"
         made.append(side_by_side.Run(prepared, loop.make_optimizer(prepared), State()))
     return made
 
