@@ -27,13 +27,15 @@ def check_output(output: str | Path, reads: Iterable[Path], backbone: str) -> No
     """Refuse an output that could not be written after hours of work, or that would replace what the work reads.
 
     Raises:
-        ConfigError: no such folder, no permission, the path of a folder or a device, one of the files in `reads`, or a
-            place inside the backbone's folder.
+        ConfigError: no such folder, no permission, the path of a folder or a device, a folder where the state would be
+            kept, one of the files in `reads`, or a place inside the backbone's folder.
     """
     path = Path(output)
     # os.path answers False where pathlib raises, as for a sentence in the place of a file name.
     if os.path.isdir(path):
         raise ConfigError(path, expected="the path of a file", found="a folder", next_step="add a file name")
+    if os.path.isdir(state := f"{path}.checkpoint"):
+        raise ConfigError(state, expected="a file, or none", found="a folder", next_step="choose another output")
     if os.path.exists(path) and not stat.S_ISREG(path.stat().st_mode):
         raise ConfigError(path, expected="the path of a file", found="a device", next_step="choose another name")
     if not os.path.isdir(path.parent):

@@ -346,6 +346,15 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_where_the_state_would_be_is_refused_at_once(
+    backbone_folder: Folder, records: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.checkpoint").mkdir()
+    with pytest.raises(ConfigError, match=r"p\.checkpoint: expected a file, or none; found a folder"):
+        loop.prepare(settings(backbone_folder("gpt2"), records, tmp_path / "p"))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.checkpoint"]
+
+
 def test_malformed_line_is_named(backbone_folder: Folder, records: Path, tmp_path: Path) -> None:
     lines = records.read_text().splitlines()
     lines[16] = '{"input": "a"'
