@@ -94,14 +94,7 @@ def prepare(
     torch.manual_seed(config.seed)
     _refuse_deltas(config)
     backbone = backbone or loaded(config, group)
-    fuse_activations(backbone.model)
-    # A backbone may come from another run.
-    (multiply_by_torch if config.compile == "on" else multiply_by_onednn)(backbone.model)
-    if uses_registry(backbone.model):
-        attend_short_rows(backbone.model)
-    backbone.shares_beginnings = config.layout == "auto" and config.compile != "on"
-    if config.gradient_checkpointing:
-        recompute(backbone.model)
+    _compute_for(config, backbone)
     config = on_backbone(config, backbone)
     task, tokenizer = task_on(config, backbone)
     config = in_slots(config, task)
@@ -137,6 +130,17 @@ def prepare(
         heap=Heap(trimmer(backbone.device)),
         group=group,
     )
+
+
+def _compute_for(config: TrainConfig, backbone: Backbone) -> None:
+    """Let `backbone`, which may come from another run, compute as this one is to."""
+    fuse_activations(backbone.model)
+    (multiply_by_torch if config.compile == "on" else multiply_by_onednn)(backbone.model)
+    if uses_registry(backbone.model):
+        attend_short_rows(backbone.model)
+    backbone.shares_beginnings = config.layout == "auto" and config.compile != "on"
+    if config.gradient_checkpointing:
+        recompute(backbone.model)
 
 
 def _refuse_deltas(config: TrainConfig) -> None:
