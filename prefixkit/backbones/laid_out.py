@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 MOST = 1 << 29
 """Bytes of a model's weights that are laid out, at most: larger models gain as little, and have no memory to spare."""
@@ -30,7 +31,7 @@ class LaidOut:
     """The orders of one weight, each made when it is first wanted. Copies and pickles begin without."""
 
     def __init__(self) -> None:
-        self._of: tuple[int, int] | None = None
+        self._of: tuple[StorageWeakRef, int, int] | None = None
         self._orders: dict[bool, Tensor] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,7 +42,9 @@ class LaidOut:
 
         What torch knows to have changed since is laid out anew; it does not see what is written through `data`.
         """
-        now = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        # Memory that was given back may come again at the same address; a storage that is looked at so may not.
+        storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+        now = storage, weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if now != self._of:
             self._of, self._orders = now, {}
         if turned not in self._orders:
@@ -83,4 +86,5 @@ def _are_of_a_file(first: int, count: int) -> bool:
     except OSError:
         return False
     of_a_file, untouched = found & _OF_A_FILE != 0, found & _THERE == 0
-    return len(found) == count and bool((of_a_file | untouched).all())
+    # Where all of it seems untouched nothing is to be had, or whoever stands in for Linux says nothing.
+    return len(found) == count and bool((of_a_file | untouched).all() and of_a_file.any())

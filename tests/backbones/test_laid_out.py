@@ -8,6 +8,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,18 @@ def test_what_changed_is_laid_out_anew(exchange: bool) -> None:
         weight.data = -weight
     else:
         weight.neg_()
+    found = multiplied(weight, False, laid)
+    assert same(found, multiplied(weight, False, None))
+    assert not same(found, before)
+
+
+def test_another_weight_at_the_same_address_is_laid_out_anew() -> None:
+    """As when a model goes to another dtype and back: what it had is free by then."""
+    place = np.ones((24, 24), dtype=np.float32)
+    weight, laid = torch.from_numpy(place), LaidOut()
+    before = multiplied(weight, False, laid)
+    place[:] = -1
+    weight.data = torch.from_numpy(place)
     found = multiplied(weight, False, laid)
     assert same(found, multiplied(weight, False, None))
     assert not same(found, before)
@@ -146,6 +159,15 @@ def test_where_nothing_is_said_of_pages_nothing_is_given_back(mapped: Tensor, mo
     monkeypatch.setattr(os, "pread", refused)
     give_back(mapped)
     assert _resident() > resident - (1 << 20)
+
+
+@of_linux
+def test_where_all_pages_are_said_to_be_untouched_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a sandbox may say that stands in for Linux."""
+    made = torch.arange(1 << 22, dtype=torch.float32)
+    monkeypatch.setattr(os, "pread", lambda file, count, place: bytes(count))
+    give_back(made)
+    assert torch.equal(made, torch.arange(1 << 22, dtype=torch.float32))
 
 
 def _resident() -> int:
