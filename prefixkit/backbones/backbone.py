@@ -204,9 +204,13 @@ class Backbone(ABC):
         """
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
-        where: Tensor | tuple[int, Tensor] = chosen if places is None else (0, places)
+
+        def before(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+            # Where a place is taken often, gradients of indexing add up in bfloat16: the 257th would add nothing.
+            return (given[0][chosen][None] if places is None else given[0][0].index_select(0, places)[None],)
+
         # In front of whatever else looks at what the head is given.
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][where][None],), prepend=True)
+        hook = head.register_forward_pre_hook(before, prepend=True)
         try:
             with last_mlp_at(self.model, chosen):
                 yield
