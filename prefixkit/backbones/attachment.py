@@ -25,7 +25,7 @@ from prefixkit.backbones.attention import (
 from prefixkit.backbones.cache_route import checkpoints, forget_cache, through_cache
 from prefixkit.backbones.compiled import is_compiled
 from prefixkit.backbones.folding import fold
-from prefixkit.backbones.geometry import is_encoder, reader_of, refuse_untried
+from prefixkit.backbones.geometry import is_encoder, looks_back, reader_of, refuse_untried
 from prefixkit.backbones.packed import Mask
 from prefixkit.backbones.positions import first_position, has_alibi, query_index, takes_positions
 from prefixkit.backbones.stacks import Place, Stacks, measure_stacks, placed
@@ -93,7 +93,7 @@ class Attachment:
     def _install(self) -> None:
         model = self.model
         self.previous = install(model) if uses_registry(model) else None
-        self.places = takes_positions(model)
+        self.places, self.looks_back = takes_positions(model), looks_back(model)
         # The decoder itself, not `base_model`: some models (OPT) call it directly.
         decoder = reader_of(model)
         self._hooks = [decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -104,7 +104,8 @@ class Attachment:
     def reads_tries(self) -> bool:
         """Whether a row of nodes would be read, and faster: on CUDA packed rows are in its place."""
         by_torch = self.previous is not None and self.previous.endswith("sdpa") and self.places
-        return by_torch and self.model.device.type == "cpu" and not (self.model.training or is_compiled(self.model))
+        plainly = self.looks_back and not (self.model.training or is_compiled(self.model))
+        return by_torch and plainly and self.model.device.type == "cpu"
 
     def freeze(self) -> None:
         """Stop gradients into the backbone's parameters."""

@@ -80,18 +80,25 @@ class Seen:
         module: the layer.
         key, value: [batch, kv_heads, seq, head_dim].
         window: its sliding window in tokens, None for full attention.
+        mask: what it was given beside them.
     """
 
     module: nn.Module
     key: Tensor
     value: Tensor
     window: int | None
+    mask: Tensor | None
 
     @property
     def geometry(self) -> LayerGeometry:
         """The shape of its keys and values."""
         heads, key_dim, value_dim = self.key.shape[1], self.key.shape[3], self.value.shape[3]
         return LayerGeometry(kv_heads=heads, key_dim=key_dim, value_dim=value_dim)
+
+    @property
+    def biased(self) -> bool:
+        """Whether its mask says more than who sees whom; of a single token."""
+        return self.mask is not None and self.mask.is_floating_point() and bool(self.mask.any())
 
 
 def implementation(model: PreTrainedModel) -> str:
@@ -126,17 +133,30 @@ def install(model: PreTrainedModel) -> str:
     """`route` for a decoder or an encoder, checked, its layers numbered.
 
     Raises:
-        BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected.
+        BackboneError: an implementation that cannot be given a prefix, or layers that are not handed what is injected,
+            or would bias it.
     """
-    previous, layers = route(model), model.config.num_hidden_layers
+    previous = route(model)
     seen = _look(model, one_input(model))
-    reached = len({id(layer.module) for layer in seen})
-    if not len(seen) == reached == layers:
+    try:
+        _refuse_unreached(model, seen)
+    except BackboneError:
         model.set_attn_implementation(previous)
-        expected = f"a prefix to reach the attention of all {layers} layers"
-        raise BackboneError(model.config.model_type, expected=expected, found=f"{reached}")
+        raise
     number(seen)
     return previous
+
+
+def _refuse_unreached(model: PreTrainedModel, seen: Sequence[Seen]) -> None:
+    where, layers = model.config.model_type, model.config.num_hidden_layers
+    reached = len({id(layer.module) for layer in seen})
+    if not len(seen) == reached == layers:
+        expected = f"a prefix to reach the attention of all {layers} layers"
+        raise BackboneError(where, expected=expected, found=f"{reached}")
+    if any(layer.biased for layer in seen):
+        # What a slot's would be is made where we are not.
+        expected, found = "attention that looks at keys and values alone", "a bias that its layers make of values"
+        raise BackboneError(where, expected=expected, found=found, next_step="use a decoder such as Llama or GPT-2")
 
 
 def number(seen: Sequence[Seen]) -> None:
@@ -214,7 +234,7 @@ def _prefixed(attention: Callable[..., Any]) -> Callable[..., Any]:
             injected = injected.cross
         window = keywords.get("sliding_window")
         if injected.seen is not None:
-            injected.seen.append(Seen(module, key, value, window))
+            injected.seen.append(Seen(module, key, value, window, attention_mask))
         length = injected.keys[0].shape[-2] if injected.keys else 0
         if length == 0 and injected.masks is None:
             return attention(module, query, key, value, attention_mask, **keywords)

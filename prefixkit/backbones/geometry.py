@@ -136,6 +136,11 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return reads and not getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
 
 
+def looks_back(model: PreTrainedModel) -> bool:
+    """Whether no token of a decoder sees what follows it; EmbeddingGemma's do."""
+    return all(getattr(module, "is_causal", True) for module in model.modules())
+
+
 def reader_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that reads: its decoder, or the encoder below whatever head it has."""
     # Some models (OPT) call their decoder directly; some encoders call the last layer of their head a decoder.

@@ -17,6 +17,7 @@ from torch._dynamo import config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PreTrainedModel
 
+from prefixkit.backbones.geometry import is_encoder, looks_back
 from prefixkit.backbones.positions import takes_positions
 from prefixkit.errors import BackboneError
 from prefixkit.injections import PackedPrefixes
@@ -35,6 +36,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why the attention of a model cannot keep the examples of a packed row apart; None where it can."""
     if not takes_positions(model):
         return "it takes no position ids"
+    if not is_encoder(model.config) and not looks_back(model):
+        return "its tokens see what follows them"
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     if _in_blocks(model) and not (model._supports_sdpa or capped):
         return "its attention does more than FlexAttention can be told"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DogeConfig, DogeForCausalLM, DynamicCache, PreTrainedModel
 
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.geometry import measure
@@ -95,6 +95,16 @@ def test_logits_at_chosen_positions_are_the_same_logits(family: str) -> None:
         some = decoder.logits_where(chosen, ids, mask, random_prefix(decoder.model))
     assert some.shape == (5, VOCAB)
     assert (some - every[chosen]).abs().max() <= TOLERANCE
+
+
+def test_attention_that_is_biased_by_values_is_refused_and_left_as_it_was() -> None:
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = DogeForCausalLM(DogeConfig(vocab_size=VOCAB, **size)).eval()
+    expected = model(prompts()[0][None]).logits
+    with pytest.raises(BackboneError, match=r"doge: expected attention that looks at keys and values alone"):
+        wrap(model).logits(prompts()[0][None], None, random_prefix(model))
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(prompts()[0][None]).logits, expected)
 
 
 def test_permuting_prefix_slots_changes_nothing() -> None:

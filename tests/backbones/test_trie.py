@@ -15,6 +15,7 @@ from torch import Tensor
 from prefixkit.backbones import onednn
 from prefixkit.backbones.compiled import compile_stacks
 from prefixkit.backbones.decoder import Decoder
+from prefixkit.backbones.packed import obstacle
 from prefixkit.backbones.recomputation import recompute
 from prefixkit.backbones.short_attention import attend_short_rows
 from prefixkit.backbones.trie import trie
@@ -149,6 +150,18 @@ def test_gradients_of_other_families(family: str) -> None:
     assert min(each.abs().max() for each in found) > 1e-2
 
 
+def test_gradients_of_many_rows_add_up_in_bfloat16() -> None:
+    decoder = sharing(tiny("llama").bfloat16().requires_grad_(False))
+    prefix, count = random_prefix(decoder.model), 600
+    leaves, weights = leaves_of(prefix), torch.linspace(-1, 1, 320)
+
+    def of(rows: int) -> list[Tensor]:
+        logits = decoder.target_logits(**batch([torch.tensor([5, 6, 7])] * rows), prefix=prefix)
+        return list(torch.autograd.grad((logits.float() * weights).sum(), leaves))
+
+    assert apart([each / count for each in of(count)], of(1)) <= 0.05
+
+
 def test_rows_of_one_prefix_share_among_themselves() -> None:
     decoder = sharing(tiny("gpt2").double().requires_grad_(False))
     prefixes = [to_double(random_prefix(decoder.model, length, length)) for length in (3, 5, 7)]
@@ -223,6 +236,16 @@ def test_what_is_read_in_rows(rows: list[Tensor], side: str, change: Callable[[D
     given = labelled({name: each[:, : 5 if len(rows[0]) == 5 else None] for name, each in padded(rows, side).items()})
     decoder.target_logits(**given, prefix=random_prefix(decoder.model))
     assert seen == [(len(rows), given["labels"].shape[1] - 1)]
+
+
+def test_tokens_that_see_what_follows_share_nothing() -> None:
+    decoder = sharing(tiny("gemma3", use_bidirectional_attention=True).requires_grad_(False))
+    prefix = random_prefix(decoder.model)
+    leaves, seen = leaves_of(prefix), shapes(decoder)
+    found, expected = both(decoder, prefix, leaves)
+    assert seen == [(5, 22)] * 2
+    assert apart(found, expected) == 0
+    assert obstacle(decoder.model) == "its tokens see what follows them"
 
 
 def test_a_batch_without_a_target_has_no_logits() -> None:
