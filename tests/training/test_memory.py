@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from prefixkit.cli import run as prefixkit
 from prefixkit.errors import ConfigError
 from prefixkit.prefix import load
 from prefixkit.training import checkpoint, loop, memory, side_by_side, validation
-from prefixkit.training.free_memory import available, free_memory, left_in_group
+from prefixkit.training.free_memory import available, free_memory, left_in_group, left_to_process
 from prefixkit.training.memory import Estimate, estimate
 from prefixkit.training.preparation import Prepared, prepare
 from prefixkit.training.progress import Silence
@@ -287,7 +288,7 @@ def test_a_sweep_that_runs_out_goes_on_later(
     assert [trial.score for trial in again] == [trial.score for trial in whole]
 
 
-def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_machine_its_container_or_the_process(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
     assert available(tmp_path / "meminfo") == 64 << 10
     assert available(tmp_path / "missing") is None
@@ -297,4 +298,9 @@ def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) 
     assert left_in_group(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert left_in_group(tmp_path) == 300
+    (tmp_path / "statm").write_text("3 1 1 1 0 1 0\n")
+    (tmp_path / "limits").write_text("Max address space         unlimited            unlimited            bytes\n")
+    assert left_to_process(tmp_path) is None
+    (tmp_path / "limits").write_text("Max address space         1048576              unlimited            bytes\n")
+    assert left_to_process(tmp_path) == 1048576 - 3 * mmap.PAGESIZE
     assert free_memory(torch.device("meta")) is None
