@@ -94,7 +94,7 @@ class _Contenders:
                 self.all[name] = kind(setting, model, ours.plan, start)
         if amount.compiled and setting.device == "cpu":
             compiled = Ours(replace(setting, compile="on"), rows)
-            compiled.prepared.batches.beginnings = ours.prepared.batches.beginnings
+            compiled.prepared.batches.order = ours.prepared.batches.order
             self.all[OURS_COMPILED] = compiled
         self.setting, self.tell, self.next_step = setting, tell, 0
 

@@ -14,7 +14,7 @@ import torch
 from prefixkit.data.batches import TrainingBatches
 from prefixkit.quickstart import E2E
 from tests.bench import fresh, speed, train, wall
-from tests.bench.contenders import PEERS, Ours, PeftCompiled, Shuffled, plain_model
+from tests.bench.contenders import OURS_COMPILED, PEERS, Ours, PeftCompiled, Shuffled, plain_model
 from tests.bench.rounds import Row
 from tests.bench.shapes import Setting, examples
 from tests.bench.speed import AGREE, BEST, COMPILED, Amount
@@ -99,6 +99,32 @@ def test_every_contender_has_its_own_order_once_losses_agree(tmp_path: Path) -> 
     assert ours.prepared.batches.order == "random"
     assert [type(peer.plan) for peer in peers] == [Shuffled, TrainingBatches, TrainingBatches]
     assert all(peer.plan.order == "length" for peer in peers[1:])
+
+
+def test_ours_compiled_reads_the_batches_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncompiled(setting: Setting, rows: Any) -> Ours:
+        layout = "padded" if setting.compile == "on" else setting.layout
+        return Ours(replace(setting, compile="off", layout=layout), rows)
+
+    monkeypatch.setattr(speed, "Ours", uncompiled)
+    monkeypatch.setattr(speed, "PEERS", {})
+    setting = setting_of("cpu-gpt2-30m-b16", tmp_path)
+    found = speed._Contenders(setting, replace(AMOUNT, compiled=True), lambda message: None).all
+    ours, compiled = (found[name].prepared.batches for name in ("ours", OURS_COMPILED))
+    assert ours.order == compiled.order == "beginnings"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [(["--json", "/nowhere/speed.json"], "found no /nowhere"), (["--rounds", "0"], "at least 1")]
+)
+def test_what_would_fail_after_the_last_round_is_refused_before_the_first(
+    more: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--cases", "cpu-sweep8", *more])
+    monkeypatch.setattr(train, "measure", None)
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert told in capsys.readouterr().err
 
 
 def test_memory_is_that_of_the_largest_batches_in_the_rows_that_are_read(tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases.split(",")) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if min(options.rounds, options.steps, options.threads) < 1:
+        parser.error("--rounds, --steps and --threads: expected at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists; found no {options.json.parent}")
     wanted = [name for name in options.cases.split(",") if options.device in (None, CASES[name].device)]
     torch.set_num_threads(options.threads)
     here = [name for name in wanted if options.quick or CASES[name].device == "cpu" or torch.cuda.is_available()]
