@@ -22,7 +22,8 @@ class SweepDisplay:
     """A listener that draws on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        # Settings are shown as they are, whatever brackets and colons they have.
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.tokens, self.started, self.drawn = 0, 0.0, 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -50,11 +51,12 @@ def train(
     quiet_transformers()
     with told_once():
         settings = options.settings_of(config, given, assignments)
+    where = str(config) if config is not None else "train"
     if "tasks" in settings or "patterns" in settings:
-        _train_several(settings, str(config), resume, as_json)
+        _train_several(settings, where, resume, as_json)
         return
     with told_once():
-        run_config = from_mapping(settings, str(config) if config is not None else "train")
+        run_config = from_mapping(settings, where)
     with TrainingDisplay(shown=is_first()) as display:
         prefix = run(run_config, resume=resume, listener=display)
     if is_first():
@@ -88,4 +90,4 @@ def _print_result(output: str, metrics: dict[str, float], content: str | None, a
         return
     told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in metrics.items())
     typer.echo(f"wrote {output} ({told})")
-    typer.echo(f"next: prefixkit inspect {output}")
+    typer.echo(f"next: prefixkit inspect {shlex.quote(output)}")

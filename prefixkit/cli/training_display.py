@@ -20,17 +20,18 @@ class TrainingDisplay:
     """A listener that draws on standard error."""
 
     def __init__(self, *, shown: bool = True) -> None:
-        self.console = Console(stderr=True, quiet=not shown)
+        # Names of files are told as they are, whatever brackets and colons they have.
+        self.console = Console(stderr=True, quiet=not shown, markup=False, emoji=False)
         self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s"),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.bar.add_task("train", total=None, loss="-", speed="-")
+        self.task = self.bar.add_task("starting", total=None, loss="-", speed="-")
         self.loss: float | None = None
-        self.tokens, self.first_step, self.started, self.printed = 0, 0, 0.0, 0.0
+        self.tokens, self.first_step, self.last_step, self.started, self.printed = 0, 0, 0, 0.0, 0.0
 
     def __enter__(self) -> TrainingDisplay:
         if self.console.is_terminal:
@@ -47,6 +48,9 @@ class TrainingDisplay:
     def on_step(self, step: Step) -> None:
         """Smooth the loss, count tokens, and redraw."""
         now = time.monotonic()
+        if step.step != self.last_step + 1:
+            self._begin_anew()
+        self.last_step = step.step
         if not self.started:
             self.started, self.first_step = now, step.step
         else:
@@ -55,7 +59,12 @@ class TrainingDisplay:
         speed = self.tokens / (now - self.started) if now > self.started else 0.0
         if self.console.is_terminal:
             self.bar.update(
-                self.task, completed=step.step, total=step.total, loss=f"{self.loss:.3f}", speed=f"{speed:,.0f}"
+                self.task,
+                description=f"step {step.step}/{step.total}",
+                completed=step.step,
+                total=step.total,
+                loss=f"{self.loss:.3f}",
+                speed=f"{speed:,.0f}",
             )
         elif now - self.printed > _SECONDS_BETWEEN_LINES or step.step == step.total:
             self.printed = now
@@ -70,6 +79,10 @@ class TrainingDisplay:
     def on_message(self, message: str) -> None:
         """One line."""
         self.console.print(message, highlight=False, soft_wrap=True)
+
+    def _begin_anew(self) -> None:
+        """Another run of the same command has a loss and a speed of its own."""
+        self.loss, self.tokens, self.started, self.printed = None, 0, 0.0, 0.0
 
     def _line(self, step: Step, speed: float, now: float) -> None:
         done = step.step - self.first_step

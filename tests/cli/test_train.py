@@ -34,6 +34,14 @@ def test_trains_and_says_what_is_next(
     assert run(["inspect", str(output), "--backbone", str(backbone_folder("gpt2", 1))]) == 2
 
 
+def test_the_next_command_can_be_pasted(
+    backbone_folder: Folder, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a prefix"
+    assert run(arguments(backbone_folder("gpt2"), records, output)) == 0
+    assert f"next: prefixkit inspect '{output}'" in capsys.readouterr().out
+
+
 def test_json_is_one_object(
     backbone_folder: Folder, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +76,7 @@ def test_flags_override_the_file_and_set_overrides_both(backbone_folder: Folder,
         (["--set", "lr"], "--set: expected KEY=VALUE"),
         (["--config", "nowhere.toml"], "nowhere.toml: expected a TOML file; found no such file"),
         (["--stepps", "3"], "--stepps"),
+        (["--set", "tasks=3"], "prefixkit: train [[tasks]]: expected a list of tables; found 3"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
