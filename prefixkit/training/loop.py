@@ -81,10 +81,7 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
         raise
     except (KeyboardInterrupt, OutOfMemoryError) as error:
         if group.first:
-            kept = checkpoint.save(prepared, optimizer, state)
-            save(result(prepared, state), config.output)
-            told = f"stopped at step {state.step}; {config.output} holds the prefix so far, {kept} the state"
-            listener.on_message(told)
+            _keep(prepared, optimizer, state, listener)
         # Who ends first is taken for a failure, and the others are killed. Memory may have run out here alone.
         if isinstance(error, KeyboardInterrupt):
             group.wait()
@@ -96,6 +93,16 @@ def complete(prepared: Prepared, *, resume: bool, listener: Listener) -> Prefix:
         prefix = save(prefix, config.output)
         checkpoint.path_of(config.output).unlink(missing_ok=True)
     return prefix
+
+
+def _keep(prepared: Prepared, optimizer: torch.optim.Optimizer, state: State, listener: Listener) -> None:
+    """Write what a run that was stopped has done."""
+    if not state.step:
+        listener.on_message("stopped before the first step; nothing was written")
+        return
+    output, kept = prepared.config.output, checkpoint.save(prepared, optimizer, state)
+    save(result(prepared, state), output)
+    listener.on_message(f"stopped at step {state.step}; {output} holds the prefix so far, {kept} the state")
 
 
 def make_optimizer(prepared: Prepared) -> torch.optim.Optimizer:

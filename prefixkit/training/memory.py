@@ -6,7 +6,7 @@ Beside it stand the logits of a part of the targets (see `prefixkit.backbones.ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,7 @@ class Estimate:
         rows: of the largest batch.
         recomputes: whether layers are computed again.
         packable: whether its padding could be left out.
+        trials: of a sweep, whose batches are read together.
         free: on the device beside the weights; None where nobody says.
     """
 
@@ -66,6 +67,7 @@ class Estimate:
     free: int | None
     part: int = ELEMENTS["cpu"]
     laid_out: int = 0
+    trials: int = 1
 
     def step(self, rows: int, *, recomputes: bool) -> int:
         """What a step of so many rows needs beside the weights."""
@@ -97,7 +99,8 @@ class Estimate:
 
     def told(self) -> str:
         """A line for the user."""
-        line = f"memory: about {size(self.needed)} for {self.rows} rows, beside {size(self.weights)} of the backbone"
+        rows = f"{self.rows} rows" if self.trials == 1 else f"{self.rows} rows of {self.trials} trials"
+        line = f"memory: about {size(self.needed)} for {rows}, beside {size(self.weights)} of the backbone"
         line += "" if self.free is None else f"; {size(self.free)} free"
         return line if self.fits else f"{line}, which may not be enough: {self.advice()}"
 
@@ -105,10 +108,10 @@ class Estimate:
         """What to do where it is too much."""
         fitting = self.most(recomputes=self.recomputes)
         # Free memory may lie in pieces: what did not fit does not fit.
-        fitting = self.rows // 2 if fitting == self.rows else fitting
+        fitting = (self.rows // 2 if fitting == self.rows else fitting) // self.trials
         found = [f"--batch-size {fitting}"] if fitting else []
-        if not self.recomputes and (rows := self.most(recomputes=True)):
-            fewer = "" if rows == self.rows else f" --batch-size {rows}"
+        if not self.recomputes and (rows := self.most(recomputes=True)) >= self.trials:
+            fewer = "" if rows == self.rows else f" --batch-size {rows // self.trials}"
             found.append(f"--gradient-checkpointing{fewer}")
         if self.packable:
             found.append("--set layout=packed")
@@ -131,22 +134,26 @@ def within_memory(prepared: Prepared, listener: Listener) -> Iterator[None]:
         yield
         return
     # What lies in several processes is not looked at from one.
-    needs = None if prepared.config.shard else _estimate_if_there_is_room(prepared)
-    if not prepared.config.shard:
-        listener.on_message(_UNKNOWN if needs is None else needs.told())
-    rows = f"memory for a step of {_rows(prepared) if needs is None else needs.rows} rows"
+    needs = None if prepared.config.shard else tell(lambda: estimate(prepared), listener)
+    rows = f"memory for a step of {largest_batch(prepared) if needs is None else needs.rows} rows"
     with in_a_line("training", rows, lambda: SMALLER if needs is None else needs.advice()):
         yield
 
 
-def _estimate_if_there_is_room(prepared: Prepared) -> Estimate | None:
-    """None where even a few rows are too much to measure: layers that are computed again may take less yet."""
+def tell(measure: Callable[[], Estimate], listener: Listener) -> Estimate | None:
+    """Tell the estimate that `measure` makes, and give it.
+
+    None where even a few rows are too much to measure: layers that are computed again may take less yet.
+    """
     try:
-        return estimate(prepared)
+        needs = measure()
     except Exception as error:
         if not ran_out(error):
             raise
+        listener.on_message(_UNKNOWN)
         return None
+    listener.on_message(needs.told())
+    return needs
 
 
 def estimate(prepared: Prepared) -> Estimate:
@@ -157,11 +164,11 @@ def estimate(prepared: Prepared) -> Estimate:
     words = prepared.task.answer is None
     return Estimate(
         weights=_bytes(backbone.model),
-        trained=_trained(prepared.method),
+        trained=trained_bytes(prepared.method),
         once=once,
         row=row,
         logits=batch.target_tokens * backbone.identity.vocab_size if words else 0,
-        rows=_rows(prepared),
+        rows=largest_batch(prepared),
         recomputes=prepared.config.gradient_checkpointing,
         packable=_packable(prepared),
         free=free_memory(backbone.device),
@@ -197,7 +204,7 @@ def _once_and_each_row(two: Kept, three: Kept) -> tuple[Kept, Kept]:
     return Kept(two.plainly - 2 * row.plainly, two.recomputed - 2 * row.recomputed, two.layer - 2 * row.layer), row
 
 
-def _rows(prepared: Prepared) -> int:
+def largest_batch(prepared: Prepared) -> int:
     """How many rows of the longest example the largest batch is worth."""
     batches = prepared.batches
     processes = prepared.group.size
@@ -215,10 +222,11 @@ def _packable(prepared: Prepared) -> bool:
     return layout.obstacle(prepared.task, prepared.backbone, (prepared.method(), prepared.method.teacher)) is None
 
 
-def _trained(method: Method) -> int:
-    followed = sum(weight.nbytes for weight in method.parameters() if weight.requires_grad)
+def trained_bytes(method: Method) -> int:
+    """Bytes of what a method trains, and of what its optimizer keeps of that."""
+    trained = sum(weight.nbytes for weight in method.parameters() if weight.requires_grad)
     # Whoever searches among tokens follows no gradient.
-    return _bytes(method) + (0 if isinstance(method, AutoPrompt) else (_COPIES - 1) * followed)
+    return _bytes(method) + (0 if isinstance(method, AutoPrompt) else (_COPIES - 1) * trained)
 
 
 def _bytes(module: nn.Module) -> int:

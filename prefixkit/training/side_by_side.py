@@ -41,7 +41,7 @@ class Run:
     state: State
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
     """What a run trains, as its rows receive it."""
 
     prefix: KeyValuePrefix
@@ -92,16 +92,21 @@ def _kind(run: Run) -> tuple[str | None, str, int] | None:
 def _step(runs: Sequence[Run]) -> list[Step]:
     backbone, collate = runs[0].prepared.backbone, runs[0].prepared.batches.collate
     batches = [_examples(run) for run in runs]
-    made = [_made(run.prepared) for run in runs]
+    made = [received(run.prepared) for run in runs]
     leaves = [_leaf(one) for one in made]
     shares = torch.tensor([_share(run, own) for run, own in zip(runs, batches, strict=True)], dtype=torch.float64)
     sums = torch.zeros(len(runs), dtype=torch.float64)
     rows = [(index, example) for index, own in enumerate(batches) for example in own]
     passes = in_turn if layout.packs(collate) else alike
-    for together in passes(rows, MOST.get(backbone.device.type, MOST["cpu"])):
+    for together in passes(rows, most_tokens(backbone)):
         sums += _backward(backbone, collate, together, leaves, shares)
     _through(made, leaves)
     return [_update(run, own, float(total)) for run, own, total in zip(runs, batches, sums, strict=True)]
+
+
+def most_tokens(backbone: Backbone) -> int:
+    """How many tokens the rows of a pass have at most, unless it is a single row."""
+    return MOST.get(backbone.device.type, MOST["cpu"])
 
 
 def alike(rows: Rows, most: int) -> Iterator[Rows]:
@@ -133,7 +138,7 @@ def in_turn(rows: Rows, most: int) -> Iterator[Rows]:
     yield group
 
 
-def _backward(backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[_Trained], shares: Tensor) -> Tensor:
+def _backward(backbone: Backbone, collate: Collate, rows: Rows, leaves: Sequence[Trained], shares: Tensor) -> Tensor:
     """Add the gradients of `rows` to `leaves`; gives each run's summed loss, in nats."""
     made = collate([example for _, example in rows])
     owner = torch.tensor([index for index, _ in rows], device=backbone.device)
@@ -163,19 +168,20 @@ def _backward_words(
     return sums.cpu()
 
 
-def _made(prepared: Prepared) -> _Trained:
-    received = prepared.backbone.fold(prepared.method())
-    prefix = part_of(received, KeyValuePrefix)
+def received(prepared: Prepared) -> Trained:
+    """What the rows of a run receive, which `can_share`; its method's gradients go through it."""
+    made = prepared.backbone.fold(prepared.method())
+    prefix = part_of(made, KeyValuePrefix)
     assert prefix is not None
-    return _Trained(prefix, part_of(received, TaskHead))
+    return Trained(prefix, part_of(made, TaskHead))
 
 
-def _leaf(made: _Trained) -> _Trained:
+def _leaf(made: Trained) -> Trained:
     """A copy where the gradients of several passes gather, before they go on once."""
     prefix, head = made
     keys, values = (tuple(map(_apart, each)) for each in (prefix.keys, prefix.values))
     copied = None if head is None else replace(head, weight=_apart(head.weight), bias=_apart(head.bias))
-    return _Trained(replace(prefix, keys=keys, values=values), copied)
+    return Trained(replace(prefix, keys=keys, values=values), copied)
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ def _apart(tensor: Tensor) -> Tensor:
     return leaf
 
 
-def _through(made: Sequence[_Trained], leaves: Sequence[_Trained]) -> None:
+def _through(made: Sequence[Trained], leaves: Sequence[Trained]) -> None:
     """Send the gradients at `leaves` on into what made them."""
     pairs = [
         (tensor, leaf.grad)

@@ -8,21 +8,22 @@ goes to the better one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from prefixkit.backbones.identity import memory_digest
 from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.format.atomic import write_bytes
-from prefixkit.training import checkpoint, loop, side_by_side, trials
+from prefixkit.training import checkpoint, loop, side_by_side, sweep_memory, trials
 from prefixkit.training.config import TrainConfig
 from prefixkit.training.examples import Data, collate_for
 from prefixkit.training.grid import configs, points
 from prefixkit.training.interruption import AtOnce, between_steps
 from prefixkit.training.layout import packs
 from prefixkit.training.loading import loaded
-from prefixkit.training.out_of_memory import SMALLER, OutOfMemoryError, in_a_line
+from prefixkit.training.memory import tell
+from prefixkit.training.out_of_memory import OutOfMemoryError
 from prefixkit.training.processes import refuse_several
 from prefixkit.training.progress import Listener, Silence
 from prefixkit.training.trials import Hearing, Trial, best_of
@@ -78,7 +79,8 @@ def sweep(
         found = _begin(made, grid, listener)
         if halving:
             _refuse_unequal(found)
-        with _within_memory():
+        needs = tell(lambda: sweep_memory.estimate(found), listener)
+        with sweep_memory.within(needs):
             _warm_up(found, listener)
     if earlier is not None:
         for trial, known in zip(found, earlier, strict=True):
@@ -90,7 +92,7 @@ def sweep(
     model = found[0].prepared.backbone.model
     frozen = memory_digest(model)
     try:
-        with between_steps(listener.on_message) as check, _within_memory():
+        with between_steps(listener.on_message) as check, sweep_memory.within(needs):
             _run(found, halving, listener, check, keep)
     except AtOnce:
         raise
@@ -104,10 +106,6 @@ def sweep(
         raise PrefixkitError(model.config.model_type, expected="frozen weights", found="weights that changed")
     _keep_best(folder, found)
     return found
-
-
-def _within_memory() -> AbstractContextManager[None]:
-    return in_a_line("sweep", "memory for a pass", lambda: SMALLER)
 
 
 @contextmanager

@@ -227,6 +227,18 @@ def test_running_out_keeps_what_was_done_and_says_what_fits(
     assert not checkpoint.path_of(tmp_path / "two").exists()
 
 
+def test_running_out_before_the_first_step_is_over_writes_nothing(
+    backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "step", failing(loop.step, ERRORS[0], 1))
+    heard, folder = Hears(), tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="found none left"):
+        loop.train(settings(backbone_folder("gpt2"), records, folder / "p"), listener=heard)
+    assert heard.messages[-1] == "stopped before the first step; nothing was written"
+    assert not any(folder.iterdir())
+
+
 def test_running_out_in_a_validation_does_it_again(
     backbone_folder: Folder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,8 +293,10 @@ def test_a_sweep_that_runs_out_goes_on_later(
     heard = Presses()
     with monkeypatch.context() as patched:
         patched.setattr(side_by_side, "step", failing(side_by_side.step, ERRORS[0], 6))
-        with pytest.raises(ConfigError, match="sweep: expected memory for a pass; found none left; use a smaller"):
+        told = "sweep: expected memory for a pass of 16 rows; found none left; use --batch-size 4 or --gradient-ch"
+        with pytest.raises(ConfigError, match=told):
             sweep(asked, grid, tmp_path / "parts", listener=heard)
+    assert heard.messages[0].startswith("memory: about ")
     assert heard.messages[-1].startswith("stopped; --resume goes on")
     again = sweep(asked, grid, tmp_path / "parts", resume=True)
     assert [trial.score for trial in again] == [trial.score for trial in whole]
