@@ -214,9 +214,8 @@ def _in_trie(attention: Callable[..., Any]) -> Callable[..., Any]:
         if trie is None:
             return attention(module, query, key, value, attention_mask, **keywords)
         query, key, value = map(trie.rows, (query, key, value))
-        window = keywords.get("sliding_window")
         # What came is a stand-in: the model knows nothing of these rows.
-        mask = _causal(query, key) if window is None else _causal(query, key).triu(1 - window)
+        mask = _causal(query, key, keywords.get("sliding_window"))
         attended, _ = attention(module, query, key, value, mask, **keywords)
         return trie.row(attended), None
 
@@ -297,11 +296,12 @@ def _with_prefix_columns(mask: Tensor, injected: Injected, window: int | None) -
     return torch.cat([visible.expand(batch, -1, mask.shape[2], -1), mask.expand(batch, -1, -1, -1)], dim=-1)
 
 
-def _causal(query: Tensor, key: Tensor) -> Tensor:
+def _causal(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
     """What attention does without a mask: one query sees all keys, several begin with the first, as in a static cache,
-    which is longer than the text."""
+    which is longer than the text. With a `window`, in tokens, each sees the last of these alone."""
     seen = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    return seen if query.shape[2] == 1 else seen.tril()
+    seen = seen if query.shape[2] == 1 else seen.tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def _in_window(query_index: Tensor | None, slots: Tensor, length: Tensor | int, window: int) -> Tensor:

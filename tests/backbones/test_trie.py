@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefixkit.backbones import onednn
+from prefixkit.backbones.attention import _causal
 from prefixkit.backbones.compiled import compile_stacks
 from prefixkit.backbones.decoder import Decoder
 from prefixkit.backbones.packed import obstacle
@@ -274,3 +275,10 @@ def test_where_nothing_can_be_shared_the_order_is_that_of_lengths(
     prepared = prepare(settings(backbone_folder("falcon"), records, tmp_path / "p"))
     assert not prepared.backbone.reads_tries
     assert prepared.batches.order == "length"
+
+
+def test_masks_are_those_of_windows() -> None:
+    states = torch.zeros(1, 1, 4, 2)
+    made = {window: _causal(states, states, window)[0, 0].int().tolist() for window in (None, 2)}
+    assert made[None] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert made[2] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
