@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,4 +72,4 @@ def write(made: Derived, output: Path, parents: Sequence[Path]) -> None:
     typer.echo(f"wrote {output}{slots} from {', '.join(map(str, parents))}")
     for note in made.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"next: prefixkit inspect {output}")
+    typer.echo(f"next: prefixkit inspect {shlex.quote(str(output))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +59,7 @@ def import_(
     if task is None:
         typer.echo("how it is asked is unknown: --task says it, so that `eval` and `generate` know")
     typer.echo(f"wrote {output} for {bound.name}")
-    typer.echo(f"next: prefixkit inspect {output}")
+    typer.echo(f"next: prefixkit inspect {shlex.quote(str(output))}")
 
 
 def _asked(prefix: Prefix, task: str, backbone: str) -> Prefix:

@@ -48,6 +48,12 @@ def test_compose_and_slice_back(files: tuple[str, str], tmp_path: Path, capsys: 
     assert '"operation": "compose"' in shown
 
 
+def test_the_next_command_can_be_pasted(files: tuple[str, str], tmp_path: Path, capsys: Out) -> None:
+    both = str(tmp_path / "a b")
+    assert run(["compose", *files, "-o", both]) == 0
+    assert f"next: prefixkit inspect '{both}'" in capsys.readouterr().out
+
+
 def test_moving_keys_with_a_backbone(backbone_folder: Folder, tmp_path: Path, capsys: Out) -> None:
     folder, text, one, both = (
         str(backbone_folder("llama")),
